@@ -1,0 +1,113 @@
+"""One reducer at work on the tokens of a ragged batch: score, select, apply the operator, close the gaps.
+
+Search, Hugging Face reference and vLLM call these two functions; all else around them is plumbing of the host.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from eos_vllm.core.importance import complement, query_weights, received_attention, top_k
+from eos_vllm.core.layout import BatchLayout, ImageGroup, ReducerStep
+from eos_vllm.core.operator import OperatorParams, unified_operator
+from eos_vllm.core.profile import QueryRule
+
+# Logits held at once while scoring (B * H * T * L); larger groups are scored in parts.
+_SCORE_ELEMENTS = 1 << 25
+
+ScoreReduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+def image_query_weights(rule: QueryRule, embeddings: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+    """Query weights of every image of a batch, from the embeddings that enter decoder layer 0.
+
+    Args:
+        rule: query rule.
+        embeddings: ``[tokens, d]``, in batch order.
+        layout: the batch.
+
+    Returns:
+        ``[images, T]`` float32, rows summing to 1.
+    """
+    text = embeddings[layout.text_rows]
+    if rule != "relevant_text":
+        return query_weights(rule, text[:, :0], text, layout.text_mask)
+    weights = torch.zeros(layout.text_mask.shape, device=embeddings.device)
+    for length, images, first in layout.visual_groups:
+        visual = embeddings[first.unsqueeze(1) + torch.arange(length, device=embeddings.device)]
+        weights[images] = query_weights(rule, visual, text[images], layout.text_mask[images])
+    return weights
+
+
+def reduce_tokens(
+    hidden: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    step: ReducerStep,
+    weights: torch.Tensor,
+    params: OperatorParams,
+    scale: float,
+    join_scores: ScoreReduce | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Applies one reducer to the output of its decoder layer.
+
+    Args:
+        hidden: output of the layer ``[tokens, d]`` (residual added).
+        query: the layer's own rotated queries ``[tokens, H, D]``.
+        key: its rotated keys ``[tokens, Hk, D]``.
+        step: the layout of this reducer.
+        weights: result of :func:`image_query_weights`.
+        params: operator parameters of this reducer.
+        scale: factor on attention logits.
+        join_scores: joins the scores of tensor-parallel ranks, each of which holds some heads.
+
+    Returns:
+        Tokens that go on ``[fewer tokens, d]`` in the same order, and the row that each came from ``[fewer tokens]``.
+    """
+    source = step.source.clone()
+    anchors = []
+    for group in step.groups:
+        scores = _group_scores(query, key, group, weights, scale)
+        if join_scores is not None:
+            scores = join_scores(scores)
+        selectable = scores
+        if group.keeps_last is not None:
+            selectable = scores.clone()
+            selectable[:, -1].masked_fill_(group.keeps_last.bool(), torch.inf)
+        kept = top_k(selectable, group.keep)
+        first = group.first_visual.unsqueeze(1)
+        target = group.first_kept.unsqueeze(1) + torch.arange(group.keep, device=hidden.device)
+        source[target] = first + kept
+        if not params.is_identity:
+            gone = complement(kept, group.total)
+            tokens = unified_operator(hidden[first + kept], hidden[first + gone], scores.gather(1, gone), params)
+            anchors.append((target, tokens))
+    out = hidden.index_select(0, source)
+    for target, tokens in anchors:
+        out[target] = tokens
+    return out, source
+
+
+def _group_scores(
+    query: torch.Tensor, key: torch.Tensor, group: ImageGroup, weights: torch.Tensor, scale: float
+) -> torch.Tensor:
+    images, queries = group.query_rows.shape
+    part = max(1, _SCORE_ELEMENTS // max(1, query.shape[1] * queries * group.longest))
+    return torch.cat([_score(query, key, group, weights, scale, i, i + part) for i in range(0, images, part)])
+
+
+def _score(
+    query: torch.Tensor, key: torch.Tensor, group: ImageGroup, weights: torch.Tensor, scale: float, low: int, high: int
+) -> torch.Tensor:
+    first_row = group.first_row[low:high].unsqueeze(1)
+    # Rows past a shorter request are never visible to its queries; the clamp only keeps the index in range.
+    key_rows = (first_row + torch.arange(group.longest, device=key.device)).clamp_(max=key.shape[0] - 1)
+    columns = group.first_visual[low:high].unsqueeze(1) - first_row + torch.arange(group.total, device=key.device)
+    return received_attention(
+        query[group.query_rows[low:high]],
+        key[key_rows],
+        group.visible[low:high],
+        weights[group.images[low:high]],
+        columns,
+        scale,
+    )
