@@ -6,6 +6,8 @@ import random
 
 from PIL import Image, ImageDraw
 
+from eos_vllm.core.errors import EosError
+
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -20,10 +22,10 @@ SHAPES = ("circle", "square", "triangle", "diamond")
 def sample_image(seed: int, size: int = 96) -> Image.Image:
     """Return an RGB image of `size` by `size` pixels with two to five coloured shapes, different for every seed.
 
-    Raises ValueError if `size` is below 16, where shapes can no longer be told apart.
+    Raises EosError if `size` is below 16.
     """
     if size < 16:
-        raise ValueError(f"size: {size} pixels are too few for shapes; choose 16 or more")
+        raise EosError("size", size, "is too small to tell shapes apart", "choose 16 pixels or more")
     numbers = random.Random(seed)
     noise = Image.frombytes("RGB", (size, size), numbers.randbytes(3 * size * size))
     image = noise.point([64 + value // 4 for value in range(256)] * 3)
@@ -37,9 +39,7 @@ def sample_image(seed: int, size: int = 96) -> Image.Image:
     return image
 
 
-def _draw(
-    draw: ImageDraw.ImageDraw, shape: str, box: tuple[int, int, int, int], colour: tuple[int, int, int]
-) -> None:
+def _draw(draw: ImageDraw.ImageDraw, shape: str, box: tuple[int, int, int, int], colour: tuple[int, int, int]) -> None:
     left, top, right, bottom = box
     middle_x, middle_y = (left + right) // 2, (top + bottom) // 2
     if shape == "circle":

@@ -11,9 +11,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from eos_vllm.models.layout import LlavaShape, prepare_directory, write_model_files
+from eos_vllm.core.errors import EosError
+from eos_vllm.models.model_files import LlavaShape, prepare_directory, write_model_files
 from eos_vllm.models.tokenizer import FIRST_BYTE_ID
 
 EMBEDDED = LlavaShape(
@@ -152,15 +153,16 @@ def write_tiny_model(
     `overrides` are fields of `LlavaShape` that replace those of `shape`, such as `num_decoder_layers=4`.
     The same shape and seed give the same bytes in every file, on every machine.
 
-    Raises FileExistsError if the directory holds anything, ValueError for an unknown field or sizes that don't fit,
-    OSError if the directory cannot be written to.
+    Raises EosError for an unknown field, sizes that don't fit together, or a directory that holds anything, OSError
+    if writing fails.
     """
     unknown = sorted(set(overrides) - {field.name for field in fields(LlavaShape)})
     if unknown:
-        raise ValueError(f"{unknown[0]}: no such size of a model; see the fields of LlavaShape")
+        raise EosError(unknown[0], overrides[unknown[0]], "no such size", "name a field of LlavaShape")
     shape = replace(shape, **overrides)  # type: ignore[arg-type]
     path = prepare_directory(directory)
     write_model_files(shape, path)
     tensors = {name: random_tensor(name, size, seed) for name, size in tensor_shapes(shape).items()}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    # Not save_file, which leaves the file readable to its owner only: another user may serve it from a container.
+    (path / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     return path

@@ -13,6 +13,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
+from eos_vllm.core.errors import EosError
+
 UNK, BOS, EOS, IMAGE, PAD = "<unk>", "<s>", "</s>", "<image>", "<pad>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 FIRST_BYTE_ID = 3
@@ -40,12 +42,14 @@ def build_tokenizer(vocab_size: int = FIRST_FREE_ID + 2, image_token_id: int = F
     """Return the tokenizer with ids 0 to `vocab_size` - 1, `<image>` at `image_token_id` and `<pad>` behind it.
 
     Encoding with special tokens puts the begin token in front; decoding returns any text unchanged.
-    Raises ValueError if the two ids don't fit into the vocabulary.
+    Raises EosError if the two ids don't fit into the vocabulary.
     """
     if not FIRST_FREE_ID <= image_token_id <= vocab_size - 2:
-        raise ValueError(
-            f"image_token_id: {image_token_id} is outside {FIRST_FREE_ID} to vocab_size - 2 = {vocab_size - 2}; "
-            "raise vocab_size or choose another id"
+        raise EosError(
+            "image_token_id",
+            image_token_id,
+            f"is outside {FIRST_FREE_ID} to vocab_size - 2 = {vocab_size - 2}",
+            "choose another id or a larger vocab_size",
         )
     specials = {UNK: UNK_ID, BOS: BOS_ID, EOS: EOS_ID, IMAGE: image_token_id, PAD: image_token_id + 1}
     vocabulary = dict(specials)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from eos_vllm.setup.site_hook import hook_installed, install_hook
+from eos_vllm.setup.site_hook import hook_installed, hook_present, install_hook
 from eos_vllm.setup.version_entry import VllmDistributions, find_vllm_distributions, write_version_entry
 
 # Lowest version that is supported and first one that is not, as pyproject.toml has them (a test compares the two).
@@ -39,7 +39,7 @@ class Check:
 def check_version(name: str, version: str) -> bool:
     """Tell whether `version` of `name` (a key of `SUPPORTED`) is supported; raise ValueError if it is no version."""
     numbers = []
-    for part in version.split("+")[0].split("."):
+    for part in version.partition("+")[0].split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
         if not digits:
             break
@@ -79,7 +79,9 @@ def fix(python: str = sys.executable) -> list[str]:
     Raises OSError if site-packages cannot be written to.
     """
     done = [write_version_entry()]
-    if not hook_installed() and any(_needs_hook(check) for check in run_probes(COMPANIONS, python)):
+    # An older version of the hook is renewed even where it still does.
+    outdated = hook_present() and not hook_installed()
+    if outdated or any(_needs_hook(check) for check in run_probes(COMPANIONS, python)):
         done.append(install_hook())
     return [line for line in done if line is not None]
 
@@ -107,7 +109,7 @@ def run_probes(names: Sequence[str], python: str = sys.executable, timeout: floa
 
 
 def as_json(checks: Sequence[Check]) -> str:
-    """Return the checks as a JSON list of objects with the keys check, ok, detail and remedy (null where all is well)."""
+    """Return the checks as a JSON list of {check, ok, detail, remedy}; remedy is null where there is nothing to do."""
     return json.dumps([asdict(check) for check in checks], indent=2)
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 from eos_vllm.setup.checks import FIX, PROBE_MARK, Check, check_version, one_line, supported_range
 from eos_vllm.setup.site_hook import hook_installed
@@ -120,7 +121,7 @@ def eos_plugin() -> Check:
         found[0].load()()
     except Exception as error:
         return Check(
-            name, False, f"{found[0].value}: {_cause(error)}", "vLLM would leave the plugin out; see the cause"
+            name, False, f"{found[0].value}: {_cause(error)}", "mend the cause: until then vLLM leaves the plugin out"
         )
     return Check(name, True, found[0].value)
 
@@ -165,7 +166,7 @@ def _versioned(name: str, version: str, more: str = "") -> Check:
     return Check(name, False, detail, f"install a supported version, {supported_range(name)}")
 
 
-def _companion(name: str, extension: str, loaded: Callable[[object], bool]) -> Check:
+def _companion(name: str, extension: str, loaded: Callable[[Any], bool]) -> Check:
     """Import the package `name`; `loaded` tells from its module `extension` whether its compiled part is in use."""
     try:
         version = importlib.import_module(name).__version__

@@ -32,6 +32,11 @@ def hook_installed(folder: Path | None = None) -> bool:
     return all(path.is_file() and path.read_text(encoding="utf-8") == text for path, text in hook_files(folder).items())
 
 
+def hook_present(folder: Path | None = None) -> bool:
+    """Tell whether `folder` (this interpreter's site-packages by default) holds the hook in this or another version."""
+    return any(path.exists() for path in hook_files(folder))
+
+
 def install_hook(folder: Path | None = None) -> str | None:
     """Write the hook into `folder` (this interpreter's site-packages by default).
 

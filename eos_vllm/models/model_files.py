@@ -1,8 +1,8 @@
 """The sizes of a LLaVA-1.5 style model, and every file of its model directory except the weights.
 
-The layout is the published one (llava-hf checkpoints): `config.json`, `generation_config.json`, `processor_config.json`,
-`preprocessor_config.json`, `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`. transformers and vLLM
-both read it as it stands, offline. All files are written as plain JSON: neither torch nor transformers is imported.
+The layout is the published one (llava-hf checkpoints): `config.json`, `generation_config.json`, `tokenizer.json`,
+`tokenizer_config.json`, `processor_config.json`, `preprocessor_config.json` and `chat_template.jinja`. transformers and
+vLLM both read it as it stands, offline. It is written as plain JSON: neither torch nor transformers is imported.
 """
 
 import json
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eos_vllm.core.errors import EosError
 from eos_vllm.models.tokenizer import BOS_ID, EOS_ID, FIRST_FREE_ID, build_tokenizer, tokenizer_config
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -25,7 +26,9 @@ CHAT_TEMPLATE = """\
   {%- if message['content'] is string -%}
     {{- message['content'] -}}
   {%- else -%}
-    {%- for part in message['content'] | selectattr('type', 'equalto', 'image') -%}{{- '<image>\\n' -}}{%- endfor -%}
+    {%- for part in message['content'] | selectattr('type', 'in', ['image', 'image_url']) -%}
+      {{- '<image>\\n' -}}
+    {%- endfor -%}
     {%- for part in message['content'] | selectattr('type', 'equalto', 'text') -%}
       {{- part['text'] -}}{%- if not loop.last -%}{{- ' ' -}}{%- endif -%}
     {%- endfor -%}
@@ -41,7 +44,7 @@ class LlavaShape:
     """Every size of a LLaVA with a CLIP vision tower and a Llama decoder. Image and patch sizes are in pixels.
 
     `image_token_id` stands for one visual token in the prompt, the padding token is the one behind it.
-    Sizes that don't fit together raise ValueError, which names the field, its value and what to do.
+    Sizes that don't fit together raise EosError.
     """
 
     num_decoder_layers: int
@@ -72,30 +75,29 @@ class LlavaShape:
             ("vision_hidden_size", "vision_attention_heads"),
             ("image_size", "patch_size"),
         ):
-            if getattr(self, part) < 1 or getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{whole}: {getattr(self, whole)} is not a multiple of {part} ({getattr(self, part)}); "
-                    f"choose a {part} that divides it"
-                )
+            value, divisor = getattr(self, whole), getattr(self, part)
+            if divisor < 1 or value < 1 or value % divisor:
+                raise EosError(whole, value, f"is no multiple of {part}={divisor}", f"choose a {part} that divides it")
+        for name in ("num_decoder_layers", "intermediate_size", "vision_layers", "vision_intermediate_size"):
+            if getattr(self, name) < 1:
+                raise EosError(name, getattr(self, name), "is below 1", "choose 1 or more")
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim: {self.head_dim} is odd or below 2; rotary positions need an even number")
+            raise EosError("head_dim", self.head_dim, "is odd or below 2", "rotary positions need an even number")
         if not -self.vision_layers <= self.vision_feature_layer <= -1:
-            raise ValueError(
-                f"vision_feature_layer: {self.vision_feature_layer} names no layer of the tower; "
-                f"choose -{self.vision_layers} to -1"
+            problem = f"names no layer of a tower of {self.vision_layers}"
+            raise EosError(
+                "vision_feature_layer", self.vision_feature_layer, problem, "count from the end: -1 is the last"
             )
-        if self.vision_feature_select_strategy not in ("default", "full"):
-            raise ValueError(
-                f"vision_feature_select_strategy: {self.vision_feature_select_strategy!r} is unknown; "
-                "choose 'default' (patches) or 'full' (patches and the class token)"
-            )
+        strategy = self.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            remedy = "choose 'default' (patches) or 'full' (class token and patches)"
+            raise EosError("vision_feature_select_strategy", strategy, "is unknown", remedy)
         if self.image_token_id < FIRST_FREE_ID:
-            raise ValueError(f"image_token_id: {self.image_token_id} is a byte or special; choose {FIRST_FREE_ID} or more")
+            problem = "is the id of a byte or of another special token"
+            raise EosError("image_token_id", self.image_token_id, problem, f"choose {FIRST_FREE_ID} or more")
         if self.vocab_size < self.image_token_id + 2:
-            raise ValueError(
-                f"vocab_size: {self.vocab_size} has no room for the image and padding tokens; "
-                f"choose {self.image_token_id + 2} or more"
-            )
+            problem = f"has no room for the image token {self.image_token_id} and the padding token behind it"
+            raise EosError("vocab_size", self.vocab_size, problem, f"choose {self.image_token_id + 2} or more")
 
     @property
     def visual_tokens(self) -> int:
@@ -192,14 +194,17 @@ def _processor_config(shape: LlavaShape) -> dict[str, Any]:
 def prepare_directory(directory: str | Path) -> Path:
     """Create `directory` with its parents and return it.
 
-    Raises FileExistsError if it is a file or holds anything, so that no two models are ever mixed in one directory.
+    Raises EosError if it is a file, holds anything (so that no two models are ever mixed in one directory) or cannot
+    be created.
     """
     path = Path(directory)
+    remedy = "name a new directory or an empty one"
     if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"{path} exists and is not empty; name a new directory, or remove this one first")
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} exists and is a file; name a new directory, or remove it first")
-    path.mkdir(parents=True, exist_ok=True)
+        raise EosError("directory", str(path), "exists and is not empty", remedy)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EosError("directory", str(path), f"cannot be created ({error.strerror})", remedy) from error
     return path
 
 

@@ -1,0 +1,59 @@
+# make setup | test | lint | demo | bench | docs | clean
+#
+# Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
+# the same. Another interpreter:  make PYTHON=python3.12
+# A machine with a CUDA GPU:      make EXTRAS=gpu,serve,search,loadtest,dev
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= cpu,serve,search,loadtest,dev
+# Address of PyTorch's CPU wheel index, where pip's own configuration doesn't name it (CONTRIBUTING.md, "Set up").
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# mypy takes packages from the path, and search/ is imported as eos_search: this link tells it so.
+MYPY_LINKS := .cache/mypy
+# The tests that start an engine come last: the quick ones tell most.
+TESTS := $(filter-out tests/serving tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/)))) \
+	$(wildcard tests/test_*.py) $(wildcard tests/serving)
+
+CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
+
+.PHONY: setup test lint demo bench docs clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c '$(CHECK_PYTHON)'
+	@echo "Setting up $(VENV): about 3 minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[$(EXTRAS)]'
+	$(BIN)/eos-vllm doctor --fix
+	@touch $@
+
+test: setup lint
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p $(MYPY_LINKS) && ln -sfn ../../search $(MYPY_LINKS)/eos_search
+	MYPYPATH=$(MYPY_LINKS) $(BIN)/mypy
+
+demo: setup
+	$(BIN)/eos-vllm demo
+
+bench: setup
+	$(BIN)/python benchmarks/throughput.py
+
+docs: setup
+	$(BIN)/eos-vllm profile schema > docs/eos-profile-1.schema.json.new
+	mv docs/eos-profile-1.schema.json.new docs/eos-profile-1.schema.json
+
+# The environment stays: it takes minutes to make, and holds nothing of the project but a link to it.
+clean:
+	rm -rf build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

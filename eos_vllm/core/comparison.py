@@ -1,0 +1,103 @@
+"""A prompt under a profile against the same prompt without one: both measures, KV memory, FLOPs and the ceiling."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from eos_vllm.core.budget import layer_average
+from eos_vllm.core.cost import Geometry, PromptCost, prompt_cost
+from eos_vllm.core.errors import ProfileError, SettingError
+from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
+from eos_vllm.core.profile import Profile
+
+
+@dataclass(frozen=True)
+class CostComparison:
+    """A prompt under a plan against the same prompt without one; ``final`` and ``layer_average`` are per image."""
+
+    budget: int
+    counts: tuple[int, ...]
+    final: int
+    layer_average: float
+    stock: PromptCost
+    reduced: PromptCost
+
+    @property
+    def flops_ratio(self) -> float:
+        """Prefill FLOPs of the language model, reduced by stock."""
+        return self.reduced.flops / self.stock.flops
+
+    @property
+    def prefill_ceiling(self) -> float:
+        """Speed-up of the language model's prefill if time followed FLOPs and reducing were free."""
+        return 1.0 / self.flops_ratio
+
+    @property
+    def kv_ratio(self) -> float:
+        """KV memory held, reduced by stock, in whole blocks: 1 / it is how many times the requests fit."""
+        return self.reduced.allocated_bytes / self.stock.allocated_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``eos-vllm plan --json``."""
+        return {
+            "budget": self.budget,
+            "counts": list(self.counts),
+            "final": self.final,
+            "layer_average": self.layer_average,
+            "flops_ratio": self.flops_ratio,
+            "prefill_ceiling": self.prefill_ceiling,
+            "kv_ratio": self.kv_ratio,
+            "stock": self.stock.to_dict(),
+            "reduced": self.reduced.to_dict(),
+        }
+
+
+def check_fits(profile: Profile, geometry: Geometry) -> None:
+    """Whether ``profile`` was made for a model of this geometry.
+
+    Raises:
+        ProfileError: architecture, depth or visual tokens differ.
+    """
+    for name in ("architecture", "num_decoder_layers", "visual_tokens"):
+        want, have = getattr(profile.model, name), getattr(geometry, name)
+        if want != have:
+            remedy = "give the model that it was made for, or adapt it with `eos-vllm profile scale`"
+            raise ProfileError(f"profile.model.{name}", want, f"the model has {have}", remedy)
+
+
+def compare(
+    geometry: Geometry,
+    planner: Planner,
+    text_tokens: int = 88,
+    images: int = 1,
+    budget: int | None = None,
+    dtype: str = "float16",
+    block_size: int = 16,
+) -> CostComparison:
+    """Cost of ``text_tokens`` of text and ``images`` images under the planner's profile, against stock.
+
+    Where the images stand makes no difference to the cost. ``budget`` is per image, the planner's own where None.
+
+    Raises:
+        ProfileError: the profile was made for another model.
+        SettingError: no image, negative text, or as :func:`prompt_cost`.
+        BudgetError: as :func:`eos_vllm.core.budget.kept_counts`.
+    """
+    profile = planner.profile
+    check_fits(profile, geometry)
+    if text_tokens < 0:
+        raise SettingError("text-tokens", text_tokens, "there is no negative text", "give 0 or more")
+    if images < 1:
+        raise SettingError("images", images, "without an image nothing is reduced", "give 1 or more")
+    visual = profile.model.visual_tokens
+    spans = [ImageSpan(i * visual, visual) for i in range(images)]
+    length = images * visual + text_tokens
+    counts = planner.counts(budget)
+    unreduced = RequestPlan(length, tuple(spans), ((visual,),) * images)
+    return CostComparison(
+        budget=planner.budget if budget is None else budget,
+        counts=counts,
+        final=counts[-1],
+        layer_average=layer_average(profile, counts),
+        stock=prompt_cost(geometry, unreduced, (geometry.num_decoder_layers,), dtype, block_size),
+        reduced=prompt_cost(geometry, planner.plan(length, spans, budget), profile.segment_layers(), dtype, block_size),
+    )

@@ -1,0 +1,94 @@
+"""One profile made to fit another budget (paper 2.6) or another model: pure functions from profile to profile."""
+
+import math
+from typing import Any
+
+from eos_vllm.core.budget import kept_counts
+from eos_vllm.core.errors import ProfileError
+from eos_vllm.core.profile import Profile, parse_profile
+
+_DESCRIPTION_LIMIT = 4000
+
+
+def rescale(profile: Profile, tokens: int) -> Profile:
+    """The same layers and operators for another budget; the counts that follow are written down in ``schedules``.
+
+    Args:
+        profile: any profile.
+        tokens: retain budget per image, by the profile's own measure.
+
+    Returns:
+        A profile whose own budget is ``tokens``. A schedule that was there for it stays as it is.
+
+    Raises:
+        BudgetError: as :func:`eos_vllm.core.budget.kept_counts`.
+    """
+    counts = kept_counts(profile, tokens)
+    data = profile.to_dict()
+    data["budget"]["tokens"] = tokens
+    data["schedules"][str(tokens)] = list(counts)
+    data["provenance"]["rescaled"] = {"name": profile.name, "budget": profile.budget.tokens}
+    return parse_profile(data, f"{profile.name} rescaled")
+
+
+def scale_layers(layers: tuple[int, ...], depth: int, new_depth: int) -> tuple[int, ...]:
+    """Reducer layers at the same share of another depth.
+
+    A reducer after layer l leaves ``(l + 1) / depth`` of the layers in front of it; that share is kept, rounded half
+    up. Layers that would fall together or off either end move to the nearest free one.
+
+    Raises:
+        ProfileError: fewer places than reducers; the last layer is no place.
+    """
+    if len(layers) > new_depth - 1:
+        raise ProfileError(
+            "layers", new_depth, f"{len(layers)} reducers do not fit", f"give {len(layers) + 1} layers or more"
+        )
+    scaled = [math.floor((layer + 1) * new_depth / depth + 0.5) - 1 for layer in layers]
+    for k in range(len(scaled)):
+        scaled[k] = max(scaled[k], scaled[k - 1] + 1 if k else 0)
+    for k in reversed(range(len(scaled))):
+        scaled[k] = min(scaled[k], scaled[k + 1] - 1 if k + 1 < len(scaled) else new_depth - 2)
+    return tuple(scaled)
+
+
+def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int, name: str | None = None) -> Profile:
+    """The profile for a model of another depth or another number of visual tokens.
+
+    Layers keep their share of the depth (:func:`scale_layers`); budget, minimum and schedules keep their share of the
+    visual tokens, rounded half up and at least 1. Operators, gates and discards stay. It is a place to start from,
+    not a result: what was searched for one model need not be best for another.
+
+    Args:
+        profile: any profile.
+        num_decoder_layers: depth of the other model.
+        visual_tokens: its visual tokens per image.
+        name: name of the result; the profile's own with the depth appended where None.
+
+    Raises:
+        ProfileError: more reducers than places, or sizes that no profile can have.
+        BudgetError: the scaled budget is below what the scaled layers can reach by ``layer_average``.
+    """
+    model = profile.model
+    layers = scale_layers(profile.layers, model.num_decoder_layers, num_decoder_layers)
+
+    def tokens(count: int) -> int:
+        return max(1, math.floor(count * visual_tokens / model.visual_tokens + 0.5))
+
+    origin = f"Scaled from {profile.name} ({model.num_decoder_layers} layers, {model.visual_tokens} visual tokens)."
+    data: dict[str, Any] = profile.to_dict()
+    data["name"] = name or f"{profile.name}-{num_decoder_layers}-layers"
+    data["description"] = f"{origin} {profile.description}"[:_DESCRIPTION_LIMIT].rstrip()
+    data["model"] |= {"num_decoder_layers": num_decoder_layers, "visual_tokens": visual_tokens}
+    for reducer, layer in zip(data["reducers"], layers, strict=True):
+        reducer["layer"] = layer
+    data["budget"] |= {"tokens": tokens(profile.budget.tokens), "minimum": tokens(profile.budget.minimum)}
+    # Ascending, so that of budgets that fall together the largest wins, whatever the order in the file.
+    data["schedules"] = {
+        str(tokens(int(budget))): [tokens(count) for count in counts]
+        for budget, counts in sorted(profile.schedules.items(), key=lambda item: int(item[0]))
+    }
+    data["provenance"] = {"scaled_from": profile.to_dict()["model"] | {"name": profile.name}}
+    scaled = parse_profile(data, data["name"])
+    kept_counts(scaled)
+    return scaled

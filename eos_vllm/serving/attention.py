@@ -1,0 +1,140 @@
+"""Attention layers that see their segment's tokens (design 5.4): spec, metadata and KV write of converted layers.
+
+The pattern is vLLM's own for cross attention: a backend class derived from the one that vLLM chose, whose builder
+rewrites the metadata and whose implementation writes the KV cache with the builder's slots.
+"""
+
+import functools
+from dataclasses import fields
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    CommonAttentionMetadata,
+    subclass_attention_backend_with_overrides,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.worker.utils import AttentionGroup
+
+from eos_vllm.serving.batch import BatchState
+from eos_vllm.serving.kv_cache import SegmentSpec
+
+PADDING_SLOT = -1
+
+
+class SegmentAttention(Attention):
+    """An ``Attention`` that was converted in place; constructing a second one of the name is refused by vLLM."""
+
+    eos_segment: int
+    eos_batch: BatchState
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """The spec of vLLM's layer, with the segment in it."""
+        spec = super().get_kv_cache_spec(vllm_config)
+        if type(spec) is not FullAttentionSpec:
+            raise RuntimeError(f"layer {self.layer_name} has KV spec {spec}; only full attention can be reduced")
+        return SegmentSpec(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init}, segment=self.eos_segment)
+
+
+def convert(layer: Attention, segment: int, batch: BatchState) -> None:
+    """Turns a layer into one of segment ``segment``. The first segment sees all tokens and keeps vLLM's backend."""
+    layer.__class__ = SegmentAttention
+    assert isinstance(layer, SegmentAttention)
+    layer.eos_segment = segment
+    layer.eos_batch = batch
+    if segment == 0:
+        return
+    layer.attn_backend = segment_backend(layer.attn_backend)
+    layer.impl.__class__ = layer.attn_backend.get_impl_cls()
+
+
+@functools.cache
+def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]:
+    """The backend of later segments over the one that vLLM chose for the platform."""
+    underlying_builder: Any = underlying.get_builder_cls()
+    underlying_impl: Any = underlying.get_impl_cls()
+
+    class SegmentBuilder(underlying_builder):
+        """Builds the underlying metadata from the segment's lengths, and its slots."""
+
+        def __init__(
+            self,
+            kv_cache_spec: Any,
+            layer_names: list[str],
+            vllm_config: VllmConfig,
+            device: torch.device,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
+            layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            self.eos_segment: int = layer.eos_segment
+            self.eos_batch: BatchState = layer.eos_batch
+            tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            self.eos_slots = torch.full((tokens,), PADDING_SLOT, dtype=torch.int64, device=device)
+
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
+        ) -> Any:
+            geometry = self.eos_batch.geometry(self.eos_segment, common_attn_metadata)
+            slots = self.eos_slot_mapping(common_attn_metadata.block_table_tensor)
+            common = geometry.metadata.replace(
+                block_table_tensor=common_attn_metadata.block_table_tensor, slot_mapping=slots
+            )
+            metadata = super().build(common_prefix_len, common, *args, **kwargs)
+            metadata.slot_mapping = slots
+            return metadata
+
+        def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+            """For further KV groups of a segment; vLLM's slot mapping knows nothing of it, so ours replaces it."""
+            return super().update_block_table(metadata, blk_table, self.eos_slot_mapping(blk_table))
+
+        def eos_slot_mapping(self, block_table: torch.Tensor) -> torch.Tensor:
+            """Slots of this step's tokens in a persistent buffer, padding at the end; ``[num_actual_tokens]``."""
+            geometry = self.eos_batch.geometry_of(self.eos_segment)
+            size, block = geometry.metadata.num_actual_tokens, self.kv_cache_spec.block_size
+            slots = self.eos_slots[:size]
+            tokens = geometry.rows.shape[0] if self.eos_batch.is_real else 0
+            slots[tokens:] = PADDING_SLOT
+            if tokens:
+                index = geometry.positions // block
+                blocks = block_table[geometry.rows, index].long()
+                torch.add(blocks * block, geometry.positions - index * block, out=slots[:tokens])
+            return slots
+
+    class SegmentImpl(underlying_impl):
+        """Writes the KV cache itself, with the segment's slots."""
+
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            *args: Any,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            if attn_metadata is not None and not underlying.forward_includes_kv_cache_update:
+                slots = attn_metadata.slot_mapping
+                tokens = slots.shape[0]
+                self.do_kv_cache_update(layer, key[:tokens], value[:tokens], kv_cache, slots)
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+    return subclass_attention_backend_with_overrides(
+        name_prefix="EosSegment_",
+        attention_backend_cls=underlying,
+        overrides={
+            "get_builder_cls": staticmethod(lambda: SegmentBuilder),
+            "get_impl_cls": staticmethod(lambda: SegmentImpl),
+            "forward_includes_kv_cache_update": True,
+        },
+    )
+
+
+def is_segment_group(group: AttentionGroup) -> bool:
+    """Whether vLLM builds the metadata of this attention group with our builder."""
+    return group.backend.__name__.startswith("EosSegment_")

@@ -1,0 +1,157 @@
+"""LLaVA with reducers: vLLM's own model, and an explicit pass over the layers where images are prefilled (design 5.5).
+
+Text-only batches and decode steps take vLLM's forward pass, compiled and replayed as ever; without a profile all do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.sequence import IntermediateTensors
+
+from eos_vllm.core.layout import build_layout
+from eos_vllm.core.plan import Planner
+from eos_vllm.core.reduction import image_query_weights, reduce_tokens
+from eos_vllm.serving.attention import convert
+from eos_vllm.serving.batch import BatchState
+from eos_vllm.serving.metrics import Counters
+from eos_vllm.serving.options import planner_of
+from eos_vllm.serving.runner_v1 import hook_v1_runner
+
+
+class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """Drop-in for vLLM's class of the same architecture (``model_class_overrides``)."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        planner = planner_of(vllm_config)
+        self.eos = None if planner is None else Reduction(planner, self.language_model.model, vllm_config)
+        if self.eos is not None:
+            hook_v1_runner()
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """The V2 runner's hook; imported late, for it needs Triton."""
+        from eos_vllm.serving.runner_v2 import EosModelState
+
+        return EosModelState
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | IntermediateTensors:
+        """As vLLM's; hidden states of discarded tokens are zero, and no one reads them."""
+        if self.eos is None or not self.eos.is_needed():
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        if inputs_embeds is None:
+            raise RuntimeError("a step that prefills images came without inputs_embeds")
+        return self.eos.forward(positions, inputs_embeds)
+
+
+class Reduction:
+    """What a profile adds to a model: converted attention layers, the batch at hand, and the reducing forward pass."""
+
+    def __init__(self, planner: Planner, decoder: nn.Module, vllm_config: VllmConfig) -> None:
+        self.planner = planner
+        self.profile = planner.profile
+        self.decoder = decoder
+        self.device = torch.device(vllm_config.device_config.device_type)
+        self.batch = BatchState(self.profile.num_segments, vllm_config.scheduler_config.max_num_seqs, self.device)
+        self.attention = [attention_of(layer) for layer in decoder.layers]
+        for index, layer in enumerate(self.attention):
+            convert(layer, self.profile.segment_of_layer(index), self.batch)
+        self.reducer_after = {layer: i for i, layer in enumerate(self.profile.layers)}
+        self.join_scores = _mean_over_ranks if get_tensor_model_parallel_world_size() > 1 else None
+        self.counters = Counters(len(self.profile.reducers))
+
+    def is_needed(self) -> bool:
+        """Whether this step prefills an image that is reduced; never in vLLM's dummy runs."""
+        return self.batch.prefills_images and get_forward_context().attn_metadata is not None
+
+    def forward(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Runs the decoder layers, with a reducer after each active one.
+
+        Args:
+            positions: rotary positions ``[padded tokens]``.
+            inputs_embeds: ``[padded tokens, d]``.
+
+        Returns:
+            Final hidden states in the rows of the unreduced batch ``[padded tokens, d]``, zero where discarded.
+        """
+        profile, rows = self.profile, self.batch.rows
+        tokens = sum(row.num_tokens for row in rows)
+        layout = build_layout(rows, profile.num_segments, profile.importance.queries, inputs_embeds.device)
+        hidden, residual = inputs_embeds[:tokens], None
+        weights = image_query_weights(profile.importance.queries, hidden, layout)
+        positions = positions[:tokens]
+        origin: torch.Tensor | None = None
+        for index, layer in enumerate(self.decoder.layers):
+            reducer = self.reducer_after.get(index)
+            if reducer is None:
+                hidden, residual = layer(positions, hidden, residual)
+                continue
+            with queries_and_keys(self.attention[index]) as seen:
+                hidden, residual = layer(positions, hidden, residual)
+            hidden, source = reduce_tokens(
+                hidden + residual,
+                seen["query"],
+                seen["key"],
+                layout.steps[reducer],
+                weights,
+                profile.operator_params(reducer),
+                self.attention[index].impl.scale,
+                self.join_scores,
+            )
+            residual = None
+            positions = positions.index_select(0, source)
+            origin = source if origin is None else origin.index_select(0, source)
+        hidden, _ = self.decoder.norm(hidden, residual)
+        for row in rows:
+            if row.plan is not None:
+                self.counters.count(row.plan)
+        assert origin is not None
+        return hidden.new_zeros(inputs_embeds.shape[0], hidden.shape[1]).index_copy_(0, origin, hidden)
+
+
+def attention_of(layer: nn.Module) -> Attention:
+    """The one attention of a decoder layer.
+
+    Raises:
+        RuntimeError: there is none, or more than one.
+    """
+    found = [module for module in layer.modules() if isinstance(module, Attention)]
+    if len(found) != 1:
+        raise RuntimeError(f"decoder layer {type(layer).__name__} has {len(found)} attentions; reduction needs one")
+    return found[0]
+
+
+@contextmanager
+def queries_and_keys(attention: Attention) -> Iterator[dict[str, torch.Tensor]]:
+    """Catches the rotated queries and keys, ``[tokens, heads, D]``, that go into ``attention`` within the block."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def catch(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen["query"] = inputs[0].view(-1, attention.num_heads, attention.head_size)
+        seen["key"] = inputs[1].view(-1, attention.num_kv_heads, attention.head_size)
+
+    handle = attention.register_forward_pre_hook(catch)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _mean_over_ranks(scores: torch.Tensor) -> torch.Tensor:
+    """Each tensor-parallel rank scored with its own heads; all must keep the same tokens."""
+    return tensor_model_parallel_all_reduce(scores) / get_tensor_model_parallel_world_size()

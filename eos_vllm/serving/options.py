@@ -1,0 +1,57 @@
+"""The one place where serving reads its settings: ``vllm_config.additional_config["eos"]``."""
+
+import json
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from eos_vllm.core.budget import parse_budget
+from eos_vllm.core.errors import SettingError
+from eos_vllm.core.plan import Planner
+from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.serving.sources import load_profile
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "eos"
+_FIELDS = {"profile", "retain", "source"}
+
+
+def resolve_options(raw: Any) -> dict[str, Any]:
+    """Validates ``{"profile": ..., "retain": ...}`` and puts the profile's own data where its source stood.
+
+    Args:
+        raw: what ``additional_config["eos"]`` holds, from the flags or from ``LLM(additional_config=...)``.
+
+    Returns:
+        Plain data with ``profile`` (dict), ``source`` (str) and ``retain`` (int or None). Resolving twice is harmless.
+
+    Raises:
+        SettingError, ProfileError, BudgetError: one line each.
+    """
+    if not isinstance(raw, dict) or (unknown := set(raw) - _FIELDS):
+        problem = f"unknown fields {sorted(unknown)}" if isinstance(raw, dict) else "it is no object"
+        raise SettingError("additional_config.eos", raw, problem, 'give {"profile": ..., "retain": ...}')
+    if raw.get("profile") is None:
+        raise SettingError(
+            "eos-retain", raw.get("retain"), "a budget without a profile", "give --eos-profile (or eos.profile) as well"
+        )
+    profile = load_profile(raw["profile"])
+    retain = None if raw.get("retain") is None else parse_budget(raw["retain"], "eos-retain")
+    Planner(profile, retain).counts()
+    source = raw.get("source") or (raw["profile"] if isinstance(raw["profile"], str) else profile.name)
+    return {"profile": profile.to_dict(), "source": source, "retain": retain}
+
+
+def planner_of(vllm_config: "VllmConfig") -> Planner | None:
+    """The planner that the configuration asks for, or None where no profile is active."""
+    config = vllm_config.additional_config
+    options = config.get(KEY) if isinstance(config, dict) else None
+    return _planner(json.dumps(options, sort_keys=True)) if options else None
+
+
+@lru_cache(maxsize=8)
+def _planner(options: str) -> Planner:
+    data = json.loads(options)
+    profile: Profile = parse_profile(data["profile"], data["source"])
+    return Planner(profile, data["retain"])

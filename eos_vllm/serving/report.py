@@ -1,0 +1,45 @@
+"""The line that a server prints at start: reducers, kept counts, KV bytes per image, requests that fit (design 4)."""
+
+from typing import Any
+
+from eos_vllm.core.budget import layer_average
+from eos_vllm.core.plan import ImageSpan, Planner
+from eos_vllm.serving.kv_cache import planned_blocks, segments_of_groups
+
+_TEXT_TOKENS = 88
+
+
+def startup_report(planner: Planner, vllm_config: Any, kv_cache_config: Any) -> str:
+    """Plain words for the engineer who sizes the machine.
+
+    Args:
+        planner: the server's planner.
+        vllm_config: for names.
+        kv_cache_config: what vLLM made of the segments.
+
+    Returns:
+        One line.
+    """
+    profile, counts = planner.profile, planner.counts()
+    visual, layers = profile.model.visual_tokens, profile.segment_layers()
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    token_bytes = spec.page_size_bytes // spec.block_size
+    stock = visual * sum(layers) * token_bytes
+    ours = sum(n * tokens for n, tokens in zip(layers, (visual, *counts), strict=True)) * token_bytes
+    tokens = min(visual + _TEXT_TOKENS, vllm_config.model_config.max_model_len)
+    plan = planner.plan(tokens, [ImageSpan(0, min(visual, tokens))])
+    usable = kv_cache_config.num_blocks - 1
+    fit = usable // sum(planned_blocks(kv_cache_config, plan, tokens))
+    groups = kv_cache_config.kv_cache_groups
+    width = max(len(group.layer_names) for group in groups)
+    fit_stock = usable * width // sum(layers) // -(-tokens // spec.block_size)
+    padding = sum(width - len(group.layer_names) for group in groups)
+    segments = segments_of_groups(kv_cache_config)
+    return (
+        f"profile {profile.name!r} reduces after layers {list(profile.layers)}: {visual} -> {list(counts)} visual "
+        f"tokens per image (budget {planner.budget}; final {counts[-1]}, layer average {layer_average(profile, counts):.1f}); "
+        f"visual KV per image {ours / 2**20:.2f} MiB instead of {stock / 2**20:.2f} MiB; "
+        f"{fit} image requests of {tokens} tokens fit into the KV cache instead of {fit_stock}; "
+        f"{len(groups)} KV groups {[segments.count(s) for s in range(profile.num_segments)]} by segment, "
+        f"{padding} padding layers"
+    )

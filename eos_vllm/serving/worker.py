@@ -1,0 +1,18 @@
+"""What can be asked of a worker by ``collective_rpc``: its counts and its set-up (issue 2.4)."""
+
+from typing import Any
+
+from eos_vllm.serving.runner_v1 import reduction_of
+
+
+class EosWorkerExtension:
+    """Mixed into vLLM's worker class by ``worker_extension_cls``."""
+
+    def eos_report(self) -> dict[str, Any]:
+        """Counts since start, and the segment of each decoder layer, as plain data."""
+        reduction = reduction_of(self.model_runner)  # type: ignore[attr-defined]
+        return {
+            **reduction.counters.to_dict(),
+            "segments": [layer.eos_segment for layer in reduction.attention],
+            "backends": [layer.attn_backend.__name__ for layer in reduction.attention],
+        }

@@ -1,0 +1,175 @@
+"""The reference: a frozen Hugging Face LLaVA with hard top-K reducers, one request at a time (issue 2, item 5).
+
+It shares operator, importance and plan with the server and nothing else: plain transformers layers, a transformers
+cache whose layers differ in length, no paging, no batching. What the server answers is held against it token by token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from eos_vllm.core.errors import SettingError
+from eos_vllm.core.layout import Row, build_layout
+from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
+from eos_vllm.core.profile import Profile
+from eos_vllm.core.reduction import image_query_weights, reduce_tokens
+
+
+@dataclass
+class Prefill:
+    """State after the prompt.
+
+    Attributes:
+        plan: what was kept.
+        hidden: final hidden states of the tokens left ``[kept, d]``.
+        kept: unreduced positions left after each reducer, ascending, text included.
+        cache: keys and values; layers of one segment are of one length.
+    """
+
+    plan: RequestPlan
+    hidden: torch.Tensor
+    kept: list[torch.Tensor]
+    cache: DynamicCache
+
+
+@dataclass
+class Generation:
+    """A greedy answer: its tokens, and the log-probabilities of all tokens at each step ``[steps, vocabulary]``."""
+
+    token_ids: list[int]
+    logprobs: torch.Tensor
+    prefill: Prefill
+
+
+class ReferenceModel:
+    """A Hugging Face LLaVA with a Llama-family language model, and perhaps a profile."""
+
+    def __init__(self, model: nn.Module, processor: Any, profile: Profile | None, retain: int | None = None) -> None:
+        """Wraps a loaded model; its weights stay as they are.
+
+        Raises:
+            SettingError: the profile was made for another depth.
+        """
+        self.model = model.eval()
+        self.processor = processor
+        self.planner = None if profile is None else Planner(profile, retain)
+        self.decoder = model.model.language_model  # type: ignore[union-attr]
+        depth = len(self.decoder.layers)  # type: ignore[arg-type]
+        if profile is not None and profile.model.num_decoder_layers != depth:
+            problem, remedy = f"the model has {depth} decoder layers", "use a profile made for it"
+            raise SettingError("profile.model.num_decoder_layers", profile.model.num_decoder_layers, problem, remedy)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, profile: Profile | None, retain: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> "ReferenceModel":
+        """Loads model and processor with transformers."""
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        return cls(model, AutoProcessor.from_pretrained(path), profile, retain)
+
+    @torch.no_grad()
+    def embed(self, prompt: str, images: Sequence[Image.Image]) -> tuple[torch.Tensor, list[ImageSpan], torch.Tensor]:
+        """Turns a prompt into what enters decoder layer 0.
+
+        Args:
+            prompt: text with one ``<image>`` for each image.
+            images: the images.
+
+        Returns:
+            Embeddings ``[tokens, d]``, image spans, token ids ``[tokens]``.
+        """
+        inputs = self.processor(text=prompt, images=list(images) or None, return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        embeddings = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        spans: list[ImageSpan] = []
+        if images:
+            config = self.model.config
+            features = self.model.model.get_image_features(  # type: ignore[union-attr, operator]
+                pixel_values=inputs["pixel_values"].to(embeddings.dtype),
+                vision_feature_layer=config.vision_feature_layer,  # type: ignore[union-attr]
+                vision_feature_select_strategy=config.vision_feature_select_strategy,  # type: ignore[union-attr]
+            ).pooler_output
+            visual = (ids == config.image_token_id).nonzero()[:, 0].tolist()  # type: ignore[union-attr]
+            start = 0
+            for feature in features:
+                spans.append(ImageSpan(visual[start], len(feature)))
+                embeddings[visual[start] : visual[start] + len(feature)] = feature.to(embeddings.dtype)
+                start += len(feature)
+        return embeddings, spans, ids
+
+    @torch.no_grad()
+    def prefill(self, embeddings: torch.Tensor, spans: Sequence[ImageSpan], budget: int | None = None) -> Prefill:
+        """Runs the prompt through the decoder layers, with a reducer after each active one.
+
+        Args:
+            embeddings: ``[tokens, d]``.
+            spans: the images.
+            budget: this request's retain budget.
+        """
+        tokens = len(embeddings)
+        plan = RequestPlan(tokens, (), ()) if self.planner is None else self.planner.plan(tokens, spans, budget)
+        cache = DynamicCache(config=self.decoder.config)
+        layout = weights = None
+        if self.planner is not None and plan.reduces:
+            profile = self.planner.profile
+            rule = profile.importance.queries
+            layout = build_layout([Row(tokens, plan)], profile.num_segments, rule, embeddings.device)
+            weights = image_query_weights(rule, embeddings, layout)
+        hidden, positions = embeddings, torch.arange(tokens, device=embeddings.device)
+        kept: list[torch.Tensor] = []
+        for index, layer in enumerate(self.decoder.layers):  # type: ignore[arg-type]
+            rotary = self.decoder.rotary_emb(hidden[None], positions[None])  # type: ignore[operator]
+            out = layer(hidden[None], position_embeddings=rotary, past_key_values=cache, use_cache=True)[0]
+            if layout is None or index not in self.planner.profile.layers:  # type: ignore[union-attr]
+                hidden = out
+                continue
+            reducer = self.planner.profile.layers.index(index)  # type: ignore[union-attr]
+            query, key = rotated_queries_and_keys(layer, hidden, rotary)
+            params = self.planner.profile.operator_params(reducer)  # type: ignore[union-attr]
+            scale = layer.self_attn.scaling
+            hidden, source = reduce_tokens(out, query, key, layout.steps[reducer], weights, params, scale)  # type: ignore
+            positions = positions[source]
+            kept.append(positions)
+        return Prefill(plan, self.decoder.norm(hidden), kept, cache)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def generate(
+        self, prompt: str, images: Sequence[Image.Image] = (), max_tokens: int = 32, budget: int | None = None
+    ) -> Generation:
+        """Answers greedily, ``max_tokens`` tokens whatever they are; decode positions go on from the unreduced prompt."""
+        embeddings, spans, _ = self.embed(prompt, images)
+        state = self.prefill(embeddings, spans, budget)
+        hidden, ids, logprobs = state.hidden[-1:], [], []
+        for step in range(max_tokens):
+            logits = self.model.lm_head(hidden)[0].float()  # type: ignore[operator]
+            logprobs.append(logits.log_softmax(dim=-1))
+            ids.append(int(logits.argmax()))
+            if step + 1 < max_tokens:
+                hidden = self._decode(ids[-1], len(embeddings) + step, state.cache)
+        return Generation(ids, torch.stack(logprobs), state)
+
+    def _decode(self, token: int, position: int, cache: DynamicCache) -> torch.Tensor:
+        device = self.decoder.norm.weight.device  # type: ignore[union-attr]
+        hidden = self.model.get_input_embeddings()(torch.tensor([[token]], device=device))  # type: ignore[operator]
+        rotary = self.decoder.rotary_emb(hidden, torch.tensor([[position]], device=device))  # type: ignore[operator]
+        for layer in self.decoder.layers:  # type: ignore[union-attr]
+            hidden = layer(hidden, position_embeddings=rotary, past_key_values=cache, use_cache=True)
+        return self.decoder.norm(hidden)[0]  # type: ignore[operator]
+
+
+def rotated_queries_and_keys(
+    layer: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A Llama layer's own queries ``[tokens, H, D]`` and keys ``[tokens, Hk, D]`` for input ``hidden`` ``[tokens, d]``."""
+    attention: Any = layer.self_attn
+    normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+    query = attention.q_proj(normed).view(1, len(hidden), -1, attention.head_dim).transpose(1, 2)
+    key = attention.k_proj(normed).view(1, len(hidden), -1, attention.head_dim).transpose(1, 2)
+    query, key = apply_rotary_pos_emb(query, key, *rotary)
+    return query[0].transpose(0, 1), key[0].transpose(0, 1)
