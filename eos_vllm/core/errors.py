@@ -6,10 +6,7 @@ class EosError(ValueError):
 
     def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
-        shown = repr(value)
-        if len(shown) > 120:
-            shown = shown[:117] + "..."
-        super().__init__(f"{field}={shown}: {problem}; {remedy}".replace("\n", " "))
+        super().__init__(f"{_shown(field, 120)}={_shown(repr(value), 120)}: {_shown(problem)}; {_shown(remedy)}")
 
 
 class ProfileError(EosError):
@@ -22,3 +19,9 @@ class BudgetError(EosError):
 
 class SettingError(EosError):
     """A server setting that cannot go together with an active profile."""
+
+
+def _shown(text: str, limit: int = 500) -> str:
+    """Text of bounded length on one line; names and messages may quote whatever a file or request held."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -75,10 +75,11 @@ def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int
     def tokens(count: int) -> int:
         return max(1, math.floor(count * visual_tokens / model.visual_tokens + 0.5))
 
-    origin = f"Scaled from {profile.name} ({model.num_decoder_layers} layers, {model.visual_tokens} visual tokens)."
+    origin = f"Scaled from {profile.name} ({model.num_decoder_layers} layers, {model.visual_tokens} visual tokens)"
+    about = f"; of that one is said: {profile.description}" if profile.description else ""
     data: dict[str, Any] = profile.to_dict()
     data["name"] = name or f"{profile.name}-{num_decoder_layers}-layers"
-    data["description"] = f"{origin} {profile.description}"[:_DESCRIPTION_LIMIT].rstrip()
+    data["description"] = (origin + about)[:_DESCRIPTION_LIMIT].rstrip()
     data["model"] |= {"num_decoder_layers": num_decoder_layers, "visual_tokens": visual_tokens}
     for reducer, layer in zip(data["reducers"], layers, strict=True):
         reducer["layer"] = layer
