@@ -7,7 +7,6 @@ from eos_vllm.core.errors import BudgetError
 from eos_vllm.core.profile import Profile
 
 REQUEST_FIELD = "eos_retain"
-_POWER_LIMIT = 1e6
 _EPSILON = 1e-9
 
 
@@ -86,7 +85,7 @@ def _power_for(profile: Profile, shares: list[float], budget: int) -> float:
         return layer_average(profile, [total * share**power for share in shares])
 
     low, high = 0.0, 1.0
-    while average(high) > budget and high < _POWER_LIMIT:
+    while average(high) > budget:  # ends, for the limit is the floor
         low, high = high, high * 2
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (middle, high) if average(middle) > budget else (low, middle)
@@ -101,8 +100,10 @@ def layer_average(profile: Profile, counts: tuple[int, ...] | list[float]) -> fl
 
 
 def layer_average_floor(profile: Profile) -> float:
-    """Limit of the layer average when all later segments are empty: what the layers up to the first reducer cache."""
-    return profile.model.visual_tokens * profile.segment_layers()[0] / profile.model.num_decoder_layers
+    """Limit of the layer average when all later segments are empty: what the layers up to the first discard cache."""
+    last = profile.model.num_decoder_layers - 1
+    first = next((reducer.layer for reducer in profile.reducers if reducer.retain < 1.0), last)
+    return profile.model.visual_tokens * (first + 1) / profile.model.num_decoder_layers
 
 
 def parse_budget(value: Any, field: str = REQUEST_FIELD) -> int:

@@ -8,6 +8,10 @@ class EosError(ValueError):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
         super().__init__(f"{_shown(field, 120)}={_shown(repr(value), 120)}: {_shown(problem)}; {_shown(remedy)}")
 
+    def __reduce__(self) -> tuple:
+        """Errors cross processes; the default would call the class with the finished text alone."""
+        return type(self), (self.field, self.value, self.problem, self.remedy)
+
 
 class ProfileError(EosError):
     """A profile that cannot be read, is invalid, or does not fit the model."""

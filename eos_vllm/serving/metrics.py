@@ -133,7 +133,7 @@ def _metrics() -> dict[str, Any]:
         _REGISTERED["in"] = Counter("eos_visual_tokens_in", "Visual tokens that met a reducer.", labels)
         _REGISTERED["kept"] = Counter("eos_visual_tokens_kept", "Visual tokens it kept.", labels)
         _REGISTERED["blocks"] = Gauge(
-            "eos_kv_blocks_held", "KV blocks held by requests.", ["engine", "segment"], **mode
+            "eos_kv_blocks_held", "KV blocks held by requests.", ["engine", "segment"], multiprocess_mode="mostrecent"
         )
     return _REGISTERED
 

@@ -1,0 +1,143 @@
+"""``eos-vllm demo``: a real server with a profile on the embedded model, asked real questions over HTTP."""
+
+import argparse
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eos_vllm import profiles
+from eos_vllm.cli.server_process import Server, ServerError, log_tail, serve
+from eos_vllm.core.budget import REQUEST_FIELD
+from eos_vllm.core.plan import ImageSpan, Planner
+from eos_vllm.core.profile import Profile
+from eos_vllm.models.images import sample_image, to_data_url
+
+PROFILE = "embedded-eos"
+_QUESTIONS = (
+    "What colour is the largest shape?",
+    "How many shapes are there?",
+    "Is there a circle?",
+    "What is at the top left?",
+)
+_ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the demo's table."""
+
+    question: str
+    budget: str
+    answer: str
+    tokens: tuple[int, ...]
+    kv_bytes: int
+    milliseconds: float
+
+
+def add_parser(subparsers: Any) -> None:
+    """Registers ``demo``."""
+    parser = subparsers.add_parser("demo", help="serve a small model with a profile and ask it questions")
+    parser.add_argument("--profile", default=PROFILE, help="shipped profile to serve (default: %(default)s)")
+    parser.add_argument("--keep-log", type=Path, default=None, help="file that takes the server's log")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo; 0 if every request was answered and every budget held, else 1."""
+    from eos_vllm.models.geometry import geometry
+    from eos_vllm.models.tiny import write_tiny_model
+
+    profile = profiles.load(args.profile)
+    with tempfile.TemporaryDirectory(prefix="eos-demo-") as folder:
+        model = write_tiny_model(Path(folder) / "model")
+        log = args.keep_log or Path(folder) / "server.log"
+        shape = geometry(model)
+        token_bytes = 2 * shape.num_kv_heads * shape.head_dim * 4
+        flags = ["--eos-profile", args.profile, "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
+        flags += ["--kv-cache-memory-bytes", str(128 << 20), "--served-model-name", "embedded", "--block-size", "32"]
+        print(f"vllm serve MODEL {' '.join(flags)}", flush=True)
+        start = time.monotonic()
+        try:
+            with serve(model, flags, log) as server:
+                print(f"healthy after {time.monotonic() - start:.0f} s; asking", flush=True)
+                rows = ask_all(server, profile, token_bytes)
+                metrics = server.text("/metrics")
+        except ServerError as e:
+            print(f"eos-vllm demo: {e}", file=sys.stderr)
+            return 1
+        print_table(rows, profile.model.visual_tokens * profile.model.num_decoder_layers * token_bytes)
+        for line in log.read_text(errors="replace").splitlines():
+            if "eos: profile" in line:
+                print("\nThe server said: " + line[line.index("eos: profile") :])
+        failures = check(rows, profile, metrics)
+        for failure in failures:
+            print(f"eos-vllm demo: {failure}", file=sys.stderr)
+        if failures:
+            print(log_tail(log), file=sys.stderr)
+            return 1
+    print(f"\nall {len(rows)} requests answered, all budgets held")
+    return 0
+
+
+def ask_all(server: Server, profile: Profile, token_bytes: int) -> list[Row]:
+    """Asks each question at stock budget, at the profile's, and at half of it for that request alone."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    planner, total = Planner(profile), profile.model.visual_tokens
+    budgets = {"stock": total, "profile": None, "request": max(1, profile.budget.tokens // 2)}
+    rows = []
+    for i, question in enumerate(_QUESTIONS):
+        image = {"type": "image_url", "image_url": {"url": to_data_url(sample_image(i))}}
+        for label, budget in budgets.items():
+            extra = {} if budget is None else {"vllm_xargs": {REQUEST_FIELD: budget}}
+            start = time.monotonic()
+            reply = client.chat.completions.create(
+                model="embedded",
+                messages=[{"role": "user", "content": [image, {"type": "text", "text": question}]}],
+                max_tokens=_ANSWER_TOKENS,
+                temperature=0,
+                extra_body=extra,
+            )
+            elapsed = (time.monotonic() - start) * 1000
+            plan = planner.plan(total, [ImageSpan(0, total)], budget)
+            kept = plan.kept[0]
+            held = sum(n * k for n, k in zip(profile.segment_layers(), kept, strict=True)) * token_bytes
+            name = label if budget is None else f"{label} ({budget})"
+            rows.append(Row(question, name, reply.choices[0].message.content or "", kept, held, elapsed))
+    return rows
+
+
+def print_table(rows: list[Row], stock_bytes: int) -> None:
+    """Prints what was asked, answered, kept and how long it took."""
+    print(f"\n{'question':34} {'budget':14} {'visual tokens':20} {'KV/image stock':>14} {'eos':>9} {'ms':>6}  answer")
+    for row in rows:
+        kept = "->".join(map(str, row.tokens))
+        print(
+            f"{row.question:34} {row.budget:14} {kept:20} {stock_bytes / 2**20:10.2f} MiB {row.kv_bytes / 2**20:5.2f} MiB "
+            f"{row.milliseconds:6.0f}  {row.answer!r}"
+        )
+    print("(the embedded model has random weights: its answers mean nothing yet, but they are the model's own)")
+
+
+def check(rows: list[Row], profile: Profile, metrics: str) -> list[str]:
+    """What went wrong, if anything: empty answers, or kept tokens on ``/metrics`` that are not the plan's."""
+    failures = [f"{row.question!r} at {row.budget}: no answer" for row in rows if not row.answer]
+    for i, layer in enumerate(profile.layers):
+        reduced = [row for row in rows if row.tokens[-1] < row.tokens[0]]
+        want = sum(row.tokens[i + 1] for row in reduced)
+        have = counter(metrics, "eos_visual_tokens_kept_total", f'layer="{layer}"')
+        if have != want:
+            failures.append(f"after layer {layer} {want} visual tokens should be left, /metrics says {have}")
+    return failures
+
+
+def counter(metrics: str, name: str, label: str = "") -> float | None:
+    """Value of a counter in Prometheus' text form, None if it is not there."""
+    for line in metrics.splitlines():
+        if line.startswith(name) and label in line:
+            return float(line.rsplit(" ", 1)[1])
+    return None

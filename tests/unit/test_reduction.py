@@ -1,0 +1,275 @@
+"""Reducers on ragged batches: equal to each request alone, and to a reference of plain loops written from the design.
+
+The reference knows nothing of layouts, plans or batches: it holds each request as a list of tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_importance import naive_attention, naive_weights
+from test_operator import naive as naive_operator
+from unit_builders import Prompt, batches, make_profile, profile_data, reducer
+
+from eos_vllm.core import reduction
+from eos_vllm.core.layout import build_layout
+from eos_vllm.core.plan import Planner
+from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.core.reduction import image_query_weights, reduce_tokens
+
+WIDTH, HEADS, GROUPS, HEAD, SCALE = 6, 4, 2, 4, 0.5
+MODEL = {"architecture": "LlavaForConditionalGeneration", "num_decoder_layers": 8, "visual_tokens": 8}
+RULES = ["relevant_text", "all_text", "last_text"]
+
+
+def profile_of(rule: str, norm: str = "token") -> Profile:
+    """Three reducers: a hybrid with all parameters, pruning, and reweighting alone."""
+    hybrid = {"gamma": 0.4, "tau": 0.3, "theta": 0.1, "rho": 0.6, "nu": 0.5}
+    reducers = [reducer(0, 0.4, **hybrid), reducer(2, 0.3), reducer(3, 0.5, rho=0.8)]
+    importance, operator = {"queries": rule}, {"norm": norm}
+    return parse_profile(profile_data(model=MODEL, reducers=reducers, importance=importance, operator=operator))
+
+
+@dataclass
+class Request:
+    """A request with made-up values: embeddings, and for each reducer what its layer adds, asks and answers with."""
+
+    prompt: Prompt
+    budget: int
+    embeddings: torch.Tensor
+    added: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+
+
+def make_request(prompt: Prompt, budget: int, seed: int) -> Request:
+    g = torch.Generator().manual_seed(seed)
+    tokens = prompt.length + prompt.generated
+    return Request(
+        prompt,
+        budget,
+        torch.randn(tokens, WIDTH, generator=g),
+        torch.randn(3, tokens, WIDTH, generator=g),
+        torch.randn(3, tokens, HEADS, HEAD, generator=g) * 2,
+        torch.randn(3, tokens, GROUPS, HEAD, generator=g) * 2,
+    )
+
+
+Outcome = tuple[list[list[int]], torch.Tensor]
+
+
+def run_batched(requests: list[Request], profile: Profile) -> list[Outcome]:
+    """What the core does: for each request the positions left after each reducer, and the final hidden states."""
+    planner = Planner(profile)
+    rows = [r.prompt.row(planner, r.budget) for r in requests]
+    layout = build_layout(rows, profile.num_segments, profile.importance.queries, torch.device("cpu"))
+    hidden = torch.cat([r.embeddings for r in requests])
+    weights = image_query_weights(profile.importance.queries, hidden, layout)
+    position = torch.cat([torch.arange(row.num_tokens) for row in rows])
+    owner = torch.cat([torch.full((row.num_tokens,), r) for r, row in enumerate(rows)])
+    left: list[list[list[int]]] = [[] for _ in requests]
+    for s, step in enumerate(layout.steps):
+        added, query, key = (
+            torch.stack([getattr(requests[r], name)[s, p] for r, p in zip(owner, position, strict=True)])
+            for name in ("added", "query", "key")
+        )
+        params = profile.operator_params(s)
+        hidden, source = reduce_tokens(hidden + added, query, key, step, weights, params, SCALE)
+        position, owner = position[source], owner[source]
+        for r in range(len(requests)):
+            left[r].append(position[owner == r].tolist())
+    return [(left[r], hidden[owner == r]) for r in range(len(requests))]
+
+
+def run_reference(request: Request, profile: Profile) -> Outcome:
+    """One request, from the words of the design: reduce each image on its own, keep all text."""
+    prompt, rule = request.prompt, profile.importance.queries
+    image_of = [None] * (prompt.length + prompt.generated)
+    for i, span in enumerate(prompt.spans):
+        image_of[span.start : span.end] = [i] * span.length  # type: ignore[list-item]
+    weights: list[dict[int, float]] = []
+    for i, span in enumerate(prompt.spans):
+        queries = [p for p in range(span.end, prompt.length) if image_of[p] is None] or [prompt.length - 1]
+        values = naive_weights(rule, request.embeddings[span.start : span.end], request.embeddings[queries])
+        weights.append(dict(zip(queries, values, strict=True)))
+        assert i == len(weights) - 1
+    counts = Planner(profile).counts(request.budget)
+    tokens = list(range(len(image_of)))
+    hidden = {p: request.embeddings[p] for p in tokens}
+    left = []
+    for s, count in enumerate(counts):
+        hidden = {p: hidden[p] + request.added[s, p] for p in tokens}
+        key = request.key[s, tokens]
+        gone: set[int] = set()
+        changed: dict[int, torch.Tensor] = {}
+        for i in range(len(prompt.images)):
+            visual = [p for p in tokens if image_of[p] == i]
+            if len(visual) <= count:
+                continue
+            scores = dict.fromkeys(visual, 0.0)
+            for q, weight in weights[i].items():
+                sees = torch.tensor([[tokens.index(q) + 1]])
+                columns = torch.tensor([[tokens.index(p) for p in visual]])
+                received = naive_attention(request.query[s, [q]][None], key[None], sees, [[weight]], columns, SCALE)[0]
+                for p, value in zip(visual, received, strict=True):
+                    scores[p] += value
+            ranked = sorted(visual, key=lambda p: (p != prompt.length - 1, -scores[p], p))
+            kept, lost = sorted(ranked[:count]), sorted(ranked[count:])
+            anchors, discards = (torch.stack([hidden[p] for p in part]) for part in (kept, lost))
+            out = naive_operator(anchors, discards, torch.tensor([scores[p] for p in lost]), profile.operator_params(s))
+            changed |= dict(zip(kept, out.float(), strict=True))
+            gone |= set(lost)
+        hidden |= changed
+        tokens = [p for p in tokens if p not in gone]
+        left.append(tokens)
+    return left, torch.stack([hidden[p] for p in tokens])
+
+
+def assert_same(got: Outcome, expected: Outcome) -> None:
+    assert got[0] == expected[0]
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+def requests_of(prompts: list[Prompt], budgets: list[int], seed: int) -> list[Request]:
+    return [make_request(p, budgets[i % len(budgets)], seed + i) for i, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=60)
+@given(prompts=batches(8), budgets=st.lists(st.integers(1, 8), min_size=1, max_size=3), seed=st.integers(0, 2**20))
+def test_a_batch_equals_the_reference(rule: str, prompts: list[Prompt], budgets: list[int], seed: int) -> None:
+    profile = profile_of(rule)
+    requests = requests_of(prompts, budgets, seed)
+    for got, request in zip(run_batched(requests, profile), requests, strict=True):
+        assert_same(got, run_reference(request, profile))
+
+
+@pytest.mark.parametrize("norm", ["token", "frobenius"])
+@settings(max_examples=40)
+@given(prompts=batches(8), budgets=st.lists(st.integers(1, 8), min_size=1, max_size=3), seed=st.integers(0, 2**20))
+def test_a_batch_equals_its_requests_one_by_one(norm: str, prompts: list[Prompt], budgets: Any, seed: int) -> None:
+    profile = profile_of("relevant_text", norm)
+    requests = requests_of(prompts, budgets, seed)
+    for got, request in zip(run_batched(requests, profile), requests, strict=True):
+        if request.prompt.images:
+            assert_same(got, run_batched([request], profile)[0])
+
+
+@settings(max_examples=40)
+@given(prompts=batches(8), budget=st.integers(1, 8), seed=st.integers(0, 2**20))
+def test_order_is_kept_text_stays_and_counts_are_met(prompts: list[Prompt], budget: int, seed: int) -> None:
+    profile = profile_of("relevant_text")
+    counts = Planner(profile).counts(budget)
+    requests = requests_of(prompts, [budget], seed)
+    for (left, _), prompt in zip(run_batched(requests, profile), prompts, strict=True):
+        visual = {p for span in prompt.spans for p in range(span.start, span.end)}
+        before = list(range(prompt.length + prompt.generated))
+        for positions, count in zip(left, counts, strict=True):
+            assert positions == sorted(positions)
+            assert set(positions) <= set(before)
+            assert [p for p in positions if p not in visual] == [p for p in before if p not in visual]
+            for span in prompt.spans:
+                of_image = [p for p in positions if span.start <= p < span.end]
+                assert len(of_image) == min(count, span.length)
+            before = positions
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=30)
+@given(images=st.integers(1, 3), seed=st.integers(0, 2**20))
+def test_a_prompt_that_ends_in_an_image_keeps_its_last_token(rule: str, images: int, seed: int) -> None:
+    prompt = Prompt(1, ((8, 1),) * (images - 1) + ((8, 0),))
+    left, _ = run_batched([make_request(prompt, 1, seed)], profile_of(rule))[0]
+    assert all(positions[-1] == prompt.length - 1 for positions in left)
+    # Only the last image's; of the others each keeps its own best.
+    assert len(left[-1]) == 1 + (images - 1) * 2 + 1
+
+
+def test_the_last_token_stays_although_its_score_is_the_lowest() -> None:
+    request = make_request(Prompt(1, ((8, 0),)), 1, seed=0)
+    request.key[:, -1] = -50 * request.query[:, -1, ::2]
+    for rule in RULES:
+        left, _ = run_batched([request], profile_of(rule))[0]
+        assert left[-1] == [0, 8]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=30)
+@given(images=st.lists(st.tuples(st.just(8), st.integers(0, 3)), min_size=1, max_size=2), seed=st.integers(0, 2**20))
+def test_generated_tokens_do_not_change_the_choice(rule: str, images: Any, seed: int) -> None:
+    # A preempted request is recomputed together with what it had generated.
+    profile, prompt = profile_of(rule), Prompt(1, tuple(images))
+    longer = make_request(Prompt(1, tuple(images), generated=4), 3, seed)
+    first = Request(
+        prompt,
+        3,
+        longer.embeddings[: prompt.length],
+        *(values[:, : prompt.length] for values in (longer.added, longer.query, longer.key)),
+    )
+    left, hidden = run_batched([first], profile)[0]
+    again, hidden_again = run_batched([longer], profile)[0]
+    tail = list(range(prompt.length, prompt.length + 4))
+    assert again == [positions + tail for positions in left]
+    torch.testing.assert_close(hidden_again[:-4], hidden)
+
+
+def test_the_choice_follows_the_attention_and_the_rule() -> None:
+    # Image at 1..8, text at 9 and 10. Token 9 looks at position 3 alone, token 10 at 6 (62 %) and at 3 (38 %).
+    request = make_request(Prompt(1, ((8, 2),)), 1, seed=1)
+    request.query.zero_()
+    request.key.zero_()
+    request.key[:, 3, :, 0] = request.key[:, 6, :, 1] = 10.0
+    request.query[:, 9:, :, 0] = 10.0
+    request.query[:, 10, :, 1] = 10.1
+
+    def kept(rule: str) -> int:
+        return run_batched([request], profile_of(rule))[0][0][-1][1]
+
+    assert (kept("last_text"), kept("all_text")) == (6, 3)
+    # The image resembles either token, so that relevant_text asks that one alone.
+    for resembled, expected in ((9, 3), (10, 6)):
+        request.embeddings.zero_()
+        request.embeddings[1:9, 0] = request.embeddings[resembled, 0] = 5.0
+        assert kept("relevant_text") == expected
+
+
+def test_scores_of_ranks_are_joined_before_the_choice() -> None:
+    request = make_request(Prompt(1, ((8, 2),)), 3, seed=2)
+    profile = make_profile((0,), (0.5,), visual=8, tokens=3)
+    row = request.prompt.row(Planner(profile), 3)
+    layout = build_layout([row], 2, "all_text", torch.device("cpu"))
+    weights = image_query_weights("all_text", request.embeddings, layout)
+    arguments = (request.embeddings, request.query[0], request.key[0], layout.steps[0], weights)
+    seen: list[torch.Tensor] = []
+
+    def join(scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores)
+        return -scores
+
+    _, source = reduce_tokens(*arguments, profile.operator_params(0), SCALE, join)
+    assert source.tolist() == [0, *(1 + i for i in sorted(seen[0][0].argsort()[:3].tolist())), 9, 10]
+
+
+def test_half_precision_hidden_states_keep_their_type_and_text_its_bits() -> None:
+    request = make_request(Prompt(1, ((8, 2),)), 3, seed=3)
+    profile = profile_of("all_text")
+    layout = build_layout([request.prompt.row(Planner(profile), 3)], 4, "all_text", torch.device("cpu"))
+    hidden = request.embeddings.half()
+    weights = image_query_weights("all_text", hidden, layout)
+    query, key = request.query[0].half(), request.key[0].half()
+    out, source = reduce_tokens(hidden, query, key, layout.steps[0], weights, profile.operator_params(0), SCALE)
+    assert out.dtype == torch.float16
+    text = [j for j, row in enumerate(source.tolist()) if row in (0, 9, 10)]
+    assert torch.equal(out[text], hidden[[0, 9, 10]])
+
+
+def test_scoring_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [Prompt(1, ((8, 2),)), Prompt(3, ((8, 1), (8, 3))), Prompt(0, ((8, 2),))]
+    requests = requests_of(prompts, [2], seed=4)
+    whole = run_batched(requests, profile_of("all_text"))
+    monkeypatch.setattr(reduction, "_SCORE_ELEMENTS", 1)
+    for got, expected in zip(run_batched(requests, profile_of("all_text")), whole, strict=True):
+        assert_same(got, expected)
