@@ -1,0 +1,173 @@
+"""Bad flags and profiles: one line that names field, value and remedy, exit code 2, no traceback (issue 2)."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.profiles import make_profile
+
+from eos_vllm.cli.server_process import vllm_command
+from eos_vllm.core.errors import EosError, SettingError
+from eos_vllm.models.tiny import write_tiny_model
+
+BASE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
+
+
+@pytest.fixture(scope="module")
+def profile_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("profiles") / "theta.json"
+    path.write_text(json.dumps(make_profile().to_dict()))
+    return path
+
+
+def configure(model: Path, flags: list[str]) -> Any:
+    """What ``vllm serve model flags`` does up to the engine's configuration."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", str(model), *BASE, *flags])
+    return AsyncEngineArgs.from_cli_args(args).create_engine_config()
+
+
+def refused(model: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which the flags are refused."""
+    with pytest.raises(SystemExit) as error:
+        configure(model, flags)
+    assert error.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eos-vllm: error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_good_flags_reach_every_process_by_one_place(tiny_model: Path, profile_file: Path) -> None:
+    config = configure(tiny_model, ["--eos-profile", str(profile_file), "--eos-retain", "32"])
+    options = config.additional_config["eos"]
+    assert options["profile"] == make_profile().to_dict()
+    assert options["retain"] == 32
+    assert config.scheduler_config.scheduler_cls == "eos_vllm.serving.scheduler.EosScheduler"
+    assert config.parallel_config.worker_extension_cls == "eos_vllm.serving.worker.EosWorkerExtension"
+    assert config.cache_config.enable_prefix_caching is False
+    assert config.scheduler_config.enable_chunked_prefill is False
+    assert config.scheduler_config.max_num_batched_tokens >= config.model_config.max_model_len
+    assert not config.use_v2_model_runner
+
+
+def test_without_a_profile_nothing_changes(tiny_model: Path) -> None:
+    config = configure(tiny_model, [])
+    assert "eos" not in (config.additional_config or {})
+    assert config.scheduler_config.scheduler_cls is None
+    assert not config.model_config.model_class_overrides
+    assert config.cache_config.enable_prefix_caching is True
+    assert not config.parallel_config.worker_extension_cls
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--enable-prefix-caching"], "enable-prefix-caching"),
+        (["--enable-chunked-prefill"], "enable-chunked-prefill"),
+        (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "speculative-config"),
+        (["--pipeline-parallel-size", "2"], "pipeline-parallel-size"),
+        (["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'], "kv-transfer-config"),
+        (["--kv-offloading-size", "1"], "kv-offloading-size"),
+        (["--enable-lora"], "enable-lora"),
+        (["--disable-hybrid-kv-cache-manager"], "disable-hybrid-kv-cache-manager"),
+        (["--scheduler-cls", "vllm.v1.core.sched.scheduler.Scheduler"], "scheduler-cls"),
+        (["--max-num-batched-tokens", "1024"], "max-num-batched-tokens"),
+        (["--eos-retain", "0"], "eos-retain='0'"),
+        (["--eos-retain", "-4"], "eos-retain='-4'"),
+        (["--eos-retain", "many"], "eos-retain='many'"),
+        (["--eos-retain", "1.5"], "eos-retain='1.5'"),
+    ],
+)
+def test_bad_flags(
+    flags: list[str], named: str, tiny_model: Path, profile_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(tiny_model, ["--eos-profile", str(profile_file), *flags], capsys)
+    assert named in line
+    assert ";" in line  # the remedy
+
+
+def test_retain_without_a_profile(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--eos-profile" in refused(tiny_model, ["--eos-retain", "64"], capsys)
+
+
+def _changed(**changes: Any) -> Callable[[], str]:
+    return lambda: json.dumps(make_profile().to_dict() | changes)
+
+
+def _model(**changes: Any) -> Callable[[], str]:
+    return _changed(model=make_profile().to_dict()["model"] | changes)
+
+
+def _reducer(**changes: Any) -> Callable[[], str]:
+    return _changed(reducers=[make_profile().to_dict()["reducers"][0] | changes])
+
+
+def _layers(*layers: int) -> Callable[[], str]:
+    return _changed(reducers=[make_profile().to_dict()["reducers"][0] | {"layer": layer} for layer in layers])
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (lambda: "{not json", "no JSON"),
+        (lambda: " " * (1 << 20) + "{}", "1048576"),
+        (_changed(surprise=1), "surprise"),
+        (_reducer(gamma=1.5), "reducers.0.gamma"),
+        (_reducer(tau=0), "reducers.0.tau"),
+        (_layers(3, 1), "strictly increase"),
+        (_layers(7), "too deep"),
+        (_layers(-1), "reserved"),
+        (_model(num_decoder_layers=32), "num_decoder_layers"),
+        (_model(visual_tokens=729), "visual_tokens"),
+        (_model(architecture="Qwen2VLForConditionalGeneration"), "architecture"),
+    ],
+)
+def test_bad_profiles(
+    content: Callable[[], str], named: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "theta.json"
+    path.write_text(content())
+    line = refused(tiny_model, ["--eos-profile", str(path)], capsys)
+    assert named in line
+    assert ";" in line
+
+
+@pytest.mark.parametrize(
+    "source", ["/nowhere/theta.json", "https://127.0.0.1:9/theta.json", "http://127.0.0.1:9/x", "nobody/nothing", "nope"]
+)
+def test_profiles_that_are_not_there(source: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(tiny_model, ["--eos-profile", source], capsys)
+    assert source in line
+
+
+def test_a_model_that_is_no_llava(tmp_path: Path, profile_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_tiny_model(tmp_path / "text")
+    config = json.loads((model / "config.json").read_text())["text_config"]
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (model / "config.json").write_text(json.dumps(config))
+    line = refused(model, ["--eos-profile", str(profile_file)], capsys)
+    assert "LlamaForCausalLM" in line
+
+
+def test_offline_settings_raise_the_same_line(tiny_model: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {"model": str(tiny_model), "dtype": "float32", "enforce_eager": True}
+    with pytest.raises(EosError, match="eos-retain"):
+        EngineArgs(**arguments, additional_config={"eos": {"retain": 5}}).create_engine_config()
+    with pytest.raises(SettingError, match="surprise"):
+        EngineArgs(**arguments, additional_config={"eos": {"surprise": 5}}).create_engine_config()
+
+
+def test_the_command_says_one_line_and_no_traceback(tiny_model: Path, profile_file: Path) -> None:
+    command = vllm_command("serve", str(tiny_model), "--eos-profile", str(profile_file), "--enable-prefix-caching", *BASE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "eos-vllm: error: enable-prefix-caching=True" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
