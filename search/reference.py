@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -50,7 +49,7 @@ class Generation:
 class ReferenceModel:
     """A Hugging Face LLaVA with a Llama-family language model, and perhaps a profile."""
 
-    def __init__(self, model: nn.Module, processor: Any, profile: Profile | None, retain: int | None = None) -> None:
+    def __init__(self, model: Any, processor: Any, profile: Profile | None, retain: int | None = None) -> None:
         """Wraps a loaded model; its weights stay as they are.
 
         Raises:
@@ -59,8 +58,8 @@ class ReferenceModel:
         self.model = model.eval()
         self.processor = processor
         self.planner = None if profile is None else Planner(profile, retain)
-        self.decoder = model.model.language_model  # type: ignore[union-attr]
-        depth = len(self.decoder.layers)  # type: ignore[arg-type]
+        self.decoder: Any = model.model.language_model
+        depth = len(self.decoder.layers)
         if profile is not None and profile.model.num_decoder_layers != depth:
             problem, remedy = f"the model has {depth} decoder layers", "use a profile made for it"
             raise SettingError("profile.model.num_decoder_layers", profile.model.num_decoder_layers, problem, remedy)
@@ -86,16 +85,16 @@ class ReferenceModel:
         """
         inputs = self.processor(text=prompt, images=list(images) or None, return_tensors="pt")
         ids = inputs["input_ids"][0]
-        embeddings = self.model.get_input_embeddings()(ids)  # type: ignore[operator]
+        embeddings = self.model.get_input_embeddings()(ids)
         spans: list[ImageSpan] = []
         if images:
             config = self.model.config
-            features = self.model.model.get_image_features(  # type: ignore[union-attr, operator]
+            features = self.model.model.get_image_features(
                 pixel_values=inputs["pixel_values"].to(embeddings.dtype),
-                vision_feature_layer=config.vision_feature_layer,  # type: ignore[union-attr]
-                vision_feature_select_strategy=config.vision_feature_select_strategy,  # type: ignore[union-attr]
+                vision_feature_layer=config.vision_feature_layer,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
             ).pooler_output
-            visual = (ids == config.image_token_id).nonzero()[:, 0].tolist()  # type: ignore[union-attr]
+            visual = (ids == config.image_token_id).nonzero()[:, 0].tolist()
             start = 0
             for feature in features:
                 spans.append(ImageSpan(visual[start], len(feature)))
@@ -123,31 +122,31 @@ class ReferenceModel:
             weights = image_query_weights(rule, embeddings, layout)
         hidden, positions = embeddings, torch.arange(tokens, device=embeddings.device)
         kept: list[torch.Tensor] = []
-        for index, layer in enumerate(self.decoder.layers):  # type: ignore[arg-type]
-            rotary = self.decoder.rotary_emb(hidden[None], positions[None])  # type: ignore[operator]
+        for index, layer in enumerate(self.decoder.layers):
+            rotary = self.decoder.rotary_emb(hidden[None], positions[None])
             out = layer(hidden[None], position_embeddings=rotary, past_key_values=cache, use_cache=True)[0]
-            if layout is None or index not in self.planner.profile.layers:  # type: ignore[union-attr]
+            if self.planner is None or layout is None or weights is None or index not in self.planner.profile.layers:
                 hidden = out
                 continue
-            reducer = self.planner.profile.layers.index(index)  # type: ignore[union-attr]
+            reducer = self.planner.profile.layers.index(index)
             query, key = rotated_queries_and_keys(layer, hidden, rotary)
-            params = self.planner.profile.operator_params(reducer)  # type: ignore[union-attr]
+            params = self.planner.profile.operator_params(reducer)
             scale = layer.self_attn.scaling
-            hidden, source = reduce_tokens(out, query, key, layout.steps[reducer], weights, params, scale)  # type: ignore
+            hidden, source = reduce_tokens(out, query, key, layout.steps[reducer], weights, params, scale)
             positions = positions[source]
             kept.append(positions)
-        return Prefill(plan, self.decoder.norm(hidden), kept, cache)  # type: ignore[operator]
+        return Prefill(plan, self.decoder.norm(hidden), kept, cache)
 
     @torch.no_grad()
     def generate(
         self, prompt: str, images: Sequence[Image.Image] = (), max_tokens: int = 32, budget: int | None = None
     ) -> Generation:
-        """Answers greedily, ``max_tokens`` tokens whatever they are; decode positions go on from the unreduced prompt."""
+        """Answers greedily, ``max_tokens`` tokens; decode positions go on from the unreduced prompt."""
         embeddings, spans, _ = self.embed(prompt, images)
         state = self.prefill(embeddings, spans, budget)
         hidden, ids, logprobs = state.hidden[-1:], [], []
         for step in range(max_tokens):
-            logits = self.model.lm_head(hidden)[0].float()  # type: ignore[operator]
+            logits = self.model.lm_head(hidden)[0].float()
             logprobs.append(logits.log_softmax(dim=-1))
             ids.append(int(logits.argmax()))
             if step + 1 < max_tokens:
@@ -155,20 +154,20 @@ class ReferenceModel:
         return Generation(ids, torch.stack(logprobs), state)
 
     def _decode(self, token: int, position: int, cache: DynamicCache) -> torch.Tensor:
-        device = self.decoder.norm.weight.device  # type: ignore[union-attr]
-        hidden = self.model.get_input_embeddings()(torch.tensor([[token]], device=device))  # type: ignore[operator]
-        rotary = self.decoder.rotary_emb(hidden, torch.tensor([[position]], device=device))  # type: ignore[operator]
-        for layer in self.decoder.layers:  # type: ignore[union-attr]
+        device = self.decoder.norm.weight.device
+        hidden = self.model.get_input_embeddings()(torch.tensor([[token]], device=device))
+        rotary = self.decoder.rotary_emb(hidden, torch.tensor([[position]], device=device))
+        for layer in self.decoder.layers:
             hidden = layer(hidden, position_embeddings=rotary, past_key_values=cache, use_cache=True)
-        return self.decoder.norm(hidden)[0]  # type: ignore[operator]
+        return self.decoder.norm(hidden)[0]
 
 
 def rotated_queries_and_keys(
-    layer: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    layer: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Llama layer's own queries ``[tokens, H, D]`` and keys ``[tokens, Hk, D]`` for input ``hidden`` ``[tokens, d]``."""
-    attention: Any = layer.self_attn
-    normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+    """A Llama layer's own queries ``[tokens, H, D]`` and keys ``[tokens, Hk, D]`` for its input ``[tokens, d]``."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
     query = attention.q_proj(normed).view(1, len(hidden), -1, attention.head_dim).transpose(1, 2)
     key = attention.k_proj(normed).view(1, len(hidden), -1, attention.head_dim).transpose(1, 2)
     query, key = apply_rotary_pos_emb(query, key, *rotary)

@@ -92,12 +92,13 @@ def ask_all(server: Server, profile: Profile, token_bytes: int) -> list[Row]:
     rows = []
     for i, question in enumerate(_QUESTIONS):
         image = {"type": "image_url", "image_url": {"url": to_data_url(sample_image(i))}}
+        messages: Any = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
         for label, budget in budgets.items():
             extra = {} if budget is None else {"vllm_xargs": {REQUEST_FIELD: budget}}
             start = time.monotonic()
             reply = client.chat.completions.create(
                 model="embedded",
-                messages=[{"role": "user", "content": [image, {"type": "text", "text": question}]}],
+                messages=messages,
                 max_tokens=_ANSWER_TOKENS,
                 temperature=0,
                 extra_body=extra,
@@ -117,8 +118,8 @@ def print_table(rows: list[Row], stock_bytes: int) -> None:
     for row in rows:
         kept = "->".join(map(str, row.tokens))
         print(
-            f"{row.question:34} {row.budget:14} {kept:20} {stock_bytes / 2**20:10.2f} MiB {row.kv_bytes / 2**20:5.2f} MiB "
-            f"{row.milliseconds:6.0f}  {row.answer!r}"
+            f"{row.question:34} {row.budget:14} {kept:20} {stock_bytes / 2**20:10.2f} MiB "
+            f"{row.kv_bytes / 2**20:5.2f} MiB {row.milliseconds:6.0f}  {row.answer!r}"
         )
     print("(the embedded model has random weights: its answers mean nothing yet, but they are the model's own)")
 

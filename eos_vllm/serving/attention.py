@@ -48,7 +48,7 @@ def convert(layer: Attention, segment: int, batch: BatchState) -> None:
     if segment == 0:
         return
     layer.attn_backend = segment_backend(layer.attn_backend)
-    layer.impl.__class__ = layer.attn_backend.get_impl_cls()
+    layer.impl.__class__ = layer.attn_backend.get_impl_cls()  # type: ignore[assignment]
 
 
 @functools.cache

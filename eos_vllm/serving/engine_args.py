@@ -171,7 +171,7 @@ def finish(vllm_config: Any) -> None:
     """
     from vllm.config import CUDAGraphMode
 
-    from eos_vllm.serving.requests import install_request_checks
+    from eos_vllm.serving.request_checks import install_request_checks
 
     planner = planner_of(vllm_config)
     assert planner is not None
@@ -182,7 +182,7 @@ def finish(vllm_config: Any) -> None:
     if compilation.cudagraph_mode == CUDAGraphMode.FULL:
         # A full graph of a mixed batch would replay the unreduced forward pass.
         compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    install_request_checks()
+    install_request_checks(planner)
 
 
 def check_model(profile: Profile, model_config: Any) -> None:

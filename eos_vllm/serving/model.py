@@ -62,7 +62,7 @@ class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 class Reduction:
     """What a profile adds to a model: converted attention layers, the batch at hand, and the reducing forward pass."""
 
-    def __init__(self, planner: Planner, decoder: nn.Module, vllm_config: VllmConfig) -> None:
+    def __init__(self, planner: Planner, decoder: Any, vllm_config: VllmConfig) -> None:
         self.planner = planner
         self.profile = planner.profile
         self.decoder = decoder

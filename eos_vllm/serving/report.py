@@ -37,7 +37,8 @@ def startup_report(planner: Planner, vllm_config: Any, kv_cache_config: Any) -> 
     segments = segments_of_groups(kv_cache_config)
     return (
         f"profile {profile.name!r} reduces after layers {list(profile.layers)}: {visual} -> {list(counts)} visual "
-        f"tokens per image (budget {planner.budget}; final {counts[-1]}, layer average {layer_average(profile, counts):.1f}); "
+        f"tokens per image (budget {planner.budget}; final {counts[-1]}, "
+        f"layer average {layer_average(profile, counts):.1f}); "
         f"visual KV per image {ours / 2**20:.2f} MiB instead of {stock / 2**20:.2f} MiB; "
         f"{fit} image requests of {tokens} tokens fit into the KV cache instead of {fit_stock}; "
         f"{len(groups)} KV groups {[segments.count(s) for s in range(profile.num_segments)]} by segment, "

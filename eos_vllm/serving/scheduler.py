@@ -77,7 +77,7 @@ class EosSchedulerMixin(Scheduler):
             held[segment] += manager.blocks_held
         return held
 
-    def _try_schedule_encoder_inputs(
+    def _try_schedule_encoder_inputs(  # type: ignore[override]
         self,
         request: Request,
         num_computed_tokens: int,

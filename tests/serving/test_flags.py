@@ -139,7 +139,8 @@ def test_bad_profiles(
 
 
 @pytest.mark.parametrize(
-    "source", ["/nowhere/theta.json", "https://127.0.0.1:9/theta.json", "http://127.0.0.1:9/x", "nobody/nothing", "nope"]
+    "source",
+    ["/nowhere/theta.json", "https://127.0.0.1:9/theta.json", "http://127.0.0.1:9/x", "nobody/nothing", "nope"],
 )
 def test_profiles_that_are_not_there(source: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(tiny_model, ["--eos-profile", source], capsys)
@@ -166,7 +167,9 @@ def test_offline_settings_raise_the_same_line(tiny_model: Path) -> None:
 
 
 def test_the_command_says_one_line_and_no_traceback(tiny_model: Path, profile_file: Path) -> None:
-    command = vllm_command("serve", str(tiny_model), "--eos-profile", str(profile_file), "--enable-prefix-caching", *BASE)
+    command = vllm_command(
+        "serve", str(tiny_model), "--eos-profile", str(profile_file), "--enable-prefix-caching", *BASE
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert "eos-vllm: error: enable-prefix-caching=True" in done.stderr

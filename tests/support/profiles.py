@@ -6,7 +6,7 @@ from eos_vllm.core.profile import Profile, parse_profile
 
 
 def make_profile(layers: tuple[int, ...] = (1, 3, 5), depth: int = 8, **changes: Any) -> Profile:
-    """A profile for the small model; ``changes`` replace top-level fields, ``operator_values`` those of all reducers."""
+    """A profile for the small model; ``changes`` replace fields, ``operator_values`` those of all reducers."""
     values = {"gate": 1.0, "discard": 0.5, "gamma": 0.0, "tau": 0.5, "theta": 0.0, "rho": 0.0, "nu": 0.0}
     values |= changes.pop("operator_values", {})
     data = {

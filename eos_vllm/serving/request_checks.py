@@ -1,0 +1,110 @@
+"""The front end's check of requests: a mistake is a 400 to its sender, before it can touch anything else."""
+
+import functools
+from typing import Any
+
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.input_processor import InputProcessor
+
+from eos_vllm.core.budget import REQUEST_FIELD
+from eos_vllm.core.errors import BudgetError
+from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
+from eos_vllm.serving.options import planner_of
+from eos_vllm.serving.requests import budget_of, plan_of_features
+
+
+def install_request_checks(planner: Planner) -> None:
+    """Makes this process check what requests say of ``eos_retain``, over HTTP and offline.
+
+    Why wraps: vLLM has no hook for the keys of ``vllm_xargs``. Over HTTP the check comes first, where the model's
+    name is checked: once vLLM has rendered a prompt, its front end takes the images for sent, and a refusal after that
+    would fail the next request with the same image. Can go when vLLM validates plugin arguments.
+    """
+    BaseServing.eos_planner = planner  # type: ignore[attr-defined]
+    if getattr(InputProcessor, "eos_installed", False):
+        return
+    InputProcessor.eos_installed = True  # type: ignore[attr-defined]
+    process_inputs = InputProcessor.process_inputs
+
+    @functools.wraps(process_inputs)
+    def checked(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        planner = planner_of(self.vllm_config)
+        if planner is None:
+            return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        check_params(planner, params)
+        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        check_request(planner, request)
+        return request
+
+    InputProcessor.process_inputs = checked  # type: ignore[method-assign]
+    check_model = BaseServing._check_model
+
+    @functools.wraps(check_model)
+    async def check_first(self: BaseServing, request: Any) -> Any:
+        check_body(self.eos_planner, request)  # type: ignore[attr-defined]
+        return await check_model(self, request)
+
+    BaseServing._check_model = check_first  # type: ignore[method-assign]
+
+
+def check_body(planner: Planner, body: Any) -> None:
+    """Checks a parsed HTTP request before anything is made of it.
+
+    Raises:
+        VLLMValidationError: answered as HTTP 400.
+    """
+    extra = getattr(body, "vllm_xargs", None) or {}
+    params = SamplingParams(extra_args=extra)
+    check_params(planner, params)
+    logprobs = getattr(body, "prompt_logprobs", None)
+    if logprobs is not None and _has_media(getattr(body, "messages", None)):
+        total = planner.profile.model.visual_tokens
+        plan = planner.plan(total, [ImageSpan(0, total)], budget_of(params))
+        _refuse_prompt_logprobs(planner, plan, logprobs)
+
+
+def check_params(planner: Planner, params: Any) -> None:
+    """Refuses a budget that is none, or that the profile cannot reach.
+
+    Raises:
+        VLLMValidationError: answered as HTTP 400.
+    """
+    if not isinstance(params, SamplingParams):
+        return
+    try:
+        planner.counts(budget_of(params))
+    except BudgetError as e:
+        raise VLLMValidationError(f"vllm_xargs.{e}", parameter=REQUEST_FIELD, value=e.value) from None
+
+
+def check_request(planner: Planner, request: Any) -> None:
+    """Refuses what reduced prompts cannot give: log-probabilities of prompt tokens whose hidden states are gone.
+
+    Raises:
+        VLLMValidationError: answered as HTTP 400.
+    """
+    params = request.sampling_params
+    if params is None or params.prompt_logprobs is None or not request.mm_features:
+        return
+    plan = plan_of_features(planner, len(request.prompt_token_ids or ()), request.mm_features, params)
+    _refuse_prompt_logprobs(planner, plan, params.prompt_logprobs)
+
+
+def _refuse_prompt_logprobs(planner: Planner, plan: RequestPlan, value: int) -> None:
+    if plan.reduces:
+        total = planner.profile.model.visual_tokens
+        raise VLLMValidationError(
+            f"prompt_logprobs={value}: discarded visual tokens have none; leave it out, "
+            f'or ask for no reduction with vllm_xargs: {{"{REQUEST_FIELD}": {total}}}',
+            parameter="prompt_logprobs",
+            value=value,
+        )
+
+
+def _has_media(messages: Any) -> bool:
+    """Whether chat messages hold anything but text."""
+    contents = [message.get("content") for message in messages or () if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and "text" not in str(part.get("type", "text")) for part in parts)

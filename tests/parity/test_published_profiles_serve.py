@@ -1,0 +1,33 @@
+"""Every shipped profile loads, plans and serves: on a small model of LLaVA-1.5-7B's depth (issue 2, "done when")."""
+
+from pathlib import Path
+
+import pytest
+from eos_search.reference import ReferenceModel
+from support.engines import Ask, BlockWatch, answer_all, engine, scheduler_of
+
+from eos_vllm import profiles
+from eos_vllm.models.images import sample_image
+from eos_vllm.models.tiny import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("deep") / "model", num_decoder_layers=32)
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_shipped_profile(name: str, deep_model: Path, tiny_model: Path) -> None:
+    profile = profiles.load(name)
+    model = deep_model if profile.model.num_decoder_layers == 32 else tiny_model
+    budgets = [None, *(int(budget) for budget in list(profile.schedules)[:2])]
+    asks = [
+        Ask(f"USER: <image>\nWhich one, {i}? ASSISTANT:", [sample_image(70 + i)], b, 8) for i, b in enumerate(budgets)
+    ]
+    reference = ReferenceModel.from_pretrained(str(model), profile)
+    with engine(model, profile) as llm, BlockWatch(scheduler_of(llm)) as watch:
+        answers = answer_all(llm, asks)
+    assert watch.errors == []
+    assert watch.reduced > 0
+    for ask, answer in zip(asks, answers, strict=True):
+        assert answer.token_ids == reference.generate(ask.prompt, ask.images, 8, ask.budget).token_ids
