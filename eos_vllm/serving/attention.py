@@ -17,7 +17,6 @@ from vllm.v1.attention.backend import (
     subclass_attention_backend_with_overrides,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
-from vllm.v1.worker.utils import AttentionGroup
 
 from eos_vllm.serving.batch import BatchState
 from eos_vllm.serving.kv_cache import SegmentSpec
@@ -135,6 +134,7 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
     )
 
 
-def is_segment_group(group: AttentionGroup) -> bool:
-    """Whether vLLM builds the metadata of this attention group with our builder."""
-    return group.backend.__name__.startswith("EosSegment_")
+def builds_for_segments(layer: Attention) -> bool:
+    """Whether vLLM takes our builder and implementation for this layer."""
+    backend = layer.get_attn_backend()
+    return backend.__name__.startswith("EosSegment_") and type(layer.impl) is backend.get_impl_cls()

@@ -10,7 +10,7 @@ from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
-from eos_vllm.serving.attention import SegmentAttention, is_segment_group
+from eos_vllm.serving.attention import SegmentAttention, builds_for_segments
 from eos_vllm.serving.kv_cache import SegmentManager, planned_blocks, segments_of_groups
 
 _TRIAL = "eos-trial"
@@ -24,7 +24,7 @@ def trial_plan(planner: Planner, max_model_len: int) -> tuple[RequestPlan, int]:
     return planner.plan(tokens, [span]), tokens
 
 
-def prove_worker(reduction: Any, kv_cache_config: KVCacheConfig, attn_groups: list, max_model_len: int) -> None:
+def prove_worker(reduction: Any, kv_cache_config: KVCacheConfig, max_model_len: int) -> None:
     """Checks, after the KV cache is set up, that every layer is in its segment and blocks come out as planned.
 
     Raises:
@@ -34,16 +34,14 @@ def prove_worker(reduction: Any, kv_cache_config: KVCacheConfig, attn_groups: li
     names = {layer.layer_name: i for i, layer in enumerate(reduction.attention)}
     if len(names) != profile.model.num_decoder_layers:
         raise RuntimeError(f"eos: {len(names)} attention layers, the profile is for {profile.model.num_decoder_layers}")
-    for segment, group, groups in zip(
-        segments_of_groups(kv_cache_config), kv_cache_config.kv_cache_groups, attn_groups, strict=True
-    ):
+    for segment, group in zip(segments_of_groups(kv_cache_config), kv_cache_config.kv_cache_groups, strict=True):
         for name in group.layer_names:
             layer = reduction.attention[names.pop(name)]
             want = profile.segment_of_layer(reduction.attention.index(layer))
             if not isinstance(layer, SegmentAttention) or layer.eos_segment != want or segment != want:
                 raise RuntimeError(f"eos: layer {name} caches for segment {segment}, its place is segment {want}")
-        if segment and not all(is_segment_group(g) for g in groups):
-            raise RuntimeError(f"eos: layers {group.layer_names} build metadata of unreduced lengths")
+            if segment and not builds_for_segments(layer):
+                raise RuntimeError(f"eos: layer {name} attends with metadata of unreduced lengths")
     if names:
         raise RuntimeError(f"eos: layers {sorted(names)} have no KV cache")
     pool = BlockPool(
@@ -91,12 +89,14 @@ def _allocate_and_compare(
     want = planned_blocks(kv_cache_config, plan, tokens)
     for manager in managers:
         manager.plans[_TRIAL] = plan
+    got: list[int] | None = None
     try:
         promised = [m.get_num_blocks_to_allocate(_TRIAL, tokens, [], 0, 0, tokens) for m in managers]
-        got = [len(m.allocate_new_blocks(_TRIAL, tokens, tokens)) for m in managers]
+        if promised == want:
+            got = [len(m.allocate_new_blocks(_TRIAL, tokens, tokens)) for m in managers]
     finally:
         for manager in managers:
             manager.free(_TRIAL)
             manager.plans.pop(_TRIAL, None)
-    if not promised == got == want:
+    if got != want:
         raise RuntimeError(f"eos: KV blocks per group: planned {want}, promised {promised}, allocated {got}")

@@ -33,7 +33,7 @@ def hook_v1_runner() -> None:
     def initialize_with_proof(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
         result = initialize(self, kv_cache_config, *args, **kwargs)
         if reduction := reduction_of(self):
-            prove_worker(reduction, self.kv_cache_config, self.attn_groups, self.max_model_len)
+            prove_worker(reduction, self.kv_cache_config, self.max_model_len)
         return result
 
     GPUModelRunner._build_attention_metadata = build_with_rows  # type: ignore[method-assign]

@@ -1,0 +1,69 @@
+"""A worker that cannot prove its reduction refuses to start (issue 2, item 4). Each test breaks one thing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.engines import engine
+from support.profiles import make_profile
+
+from eos_vllm.core.plan import RequestPlan
+
+
+def start(model: Path) -> None:
+    with engine(model, make_profile()):
+        pass
+
+
+def test_a_layer_that_was_not_converted(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eos_vllm.serving import model
+
+    convert = model.convert
+    monkeypatch.setattr(
+        model, "convert", lambda layer, s, b: None if "layers.5" in layer.layer_name else convert(layer, s, b)
+    )
+    with pytest.raises(RuntimeError, match="no SegmentSpec"):
+        start(tiny_model)
+
+
+def test_a_layer_in_the_wrong_segment(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eos_vllm.serving import model
+
+    convert = model.convert
+    monkeypatch.setattr(
+        model, "convert", lambda layer, s, b: convert(layer, 2 if "layers.7" in layer.layer_name else s, b)
+    )
+    with pytest.raises(RuntimeError, match=r"layers\.7.* its place is segment 3"):
+        start(tiny_model)
+
+
+def test_a_layer_with_vllms_own_backend(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eos_vllm.serving import attention
+
+    monkeypatch.setattr(attention, "segment_backend", lambda underlying: underlying)
+    with pytest.raises(RuntimeError, match="unreduced lengths"):
+        start(tiny_model)
+
+
+def test_a_manager_that_allocates_for_all_tokens(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eos_vllm.serving.kv_cache import SegmentManager
+
+    monkeypatch.setattr(SegmentManager, "tokens_of", lambda self, request_id, num_tokens: num_tokens)
+    with pytest.raises(RuntimeError, match=r"planned .* promised"):
+        start(tiny_model)
+
+
+def test_a_prompt_in_parts_is_never_run(tiny_model: Path) -> None:
+    import torch
+
+    from eos_vllm.core.plan import ImageSpan, Planner
+    from eos_vllm.serving.batch import BatchRow, BatchState
+
+    plan: RequestPlan = Planner(make_profile()).plan(600, [ImageSpan(5, 576)])
+    state: Any = BatchState(4, 8, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="one step"):
+        state.begin([BatchRow("r", plan, 0, 300)])
+    with pytest.raises(RuntimeError, match="one step"):
+        state.begin([BatchRow("r", plan, 5, 595)])
+    state.begin([BatchRow("r", plan, 0, 600)])
+    assert state.prefills_images
