@@ -100,10 +100,9 @@ def layer_average(profile: Profile, counts: tuple[int, ...] | list[float]) -> fl
 
 
 def layer_average_floor(profile: Profile) -> float:
-    """Limit of the layer average when all later segments are empty: what the layers up to the first discard cache."""
-    last = profile.model.num_decoder_layers - 1
-    first = next((reducer.layer for reducer in profile.reducers if reducer.retain < 1.0), last)
-    return profile.model.visual_tokens * (first + 1) / profile.model.num_decoder_layers
+    """Limit of the layer average for ever smaller budgets: what the layers before the first discard cache."""
+    total = profile.model.visual_tokens
+    return layer_average(profile, [total if share >= 1.0 else 0.0 for share in _cumulative_shares(profile)])
 
 
 def parse_budget(value: Any, field: str = REQUEST_FIELD) -> int:
