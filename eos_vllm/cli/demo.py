@@ -39,7 +39,7 @@ class Row:
 
 def add_parser(subparsers: Any) -> None:
     """Registers ``demo``."""
-    parser = subparsers.add_parser("demo", help="serve a small model with a profile and ask it questions")
+    parser = subparsers.add_parser("demo", help="serve a small model with and without a profile, and compare")
     parser.add_argument("--profile", default=PROFILE, help="shipped profile to serve (default: %(default)s)")
     parser.add_argument("--keep-log", type=Path, default=None, help="file that takes the server's log")
     parser.set_defaults(run=run)

@@ -4,6 +4,7 @@ The pattern is vLLM's own for cross attention: a backend class derived from the 
 rewrites the metadata and whose implementation writes the KV cache with the builder's slots.
 """
 
+import copy
 import functools
 from dataclasses import fields
 from typing import Any
@@ -55,9 +56,13 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
     """The backend of later segments over the one that vLLM chose for the platform."""
     underlying_builder: Any = underlying.get_builder_cls()
     underlying_impl: Any = underlying.get_impl_cls()
+    is_cpu = underlying.get_name() == "CPU_ATTN"
 
     class SegmentBuilder(underlying_builder):
         """Builds the underlying metadata from the segment's lengths, and its slots."""
+
+        # A segment may own several KV groups, which differ in their blocks only; the CPU's metadata can be shared too.
+        supports_update_block_table = underlying_builder.supports_update_block_table or is_cpu
 
         def __init__(
             self,
@@ -88,7 +93,12 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
 
         def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
             """For further KV groups of a segment; vLLM's slot mapping knows nothing of it, so ours replaces it."""
-            return super().update_block_table(metadata, blk_table, self.eos_slot_mapping(blk_table))
+            slots = self.eos_slot_mapping(blk_table)
+            if not is_cpu:
+                return super().update_block_table(metadata, blk_table, slots)
+            shared = copy.copy(metadata)
+            shared.block_table, shared.slot_mapping = blk_table, slots
+            return shared
 
         def eos_slot_mapping(self, block_table: torch.Tensor) -> torch.Tensor:
             """Slots of this step's tokens in a persistent buffer, padding at the end; ``[num_actual_tokens]``."""
