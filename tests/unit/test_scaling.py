@@ -95,7 +95,7 @@ def test_scaling_to_other_visual_tokens_scales_budget_minimum_and_schedules() ->
 
 
 def test_of_budgets_that_fall_together_the_largest_wins() -> None:
-    schedules = {"30": [60, 50, 30], "26": [50, 40, 26], "28": [55, 45, 28]}
+    schedules = {"30": [60, 50, 30], "26": [50, 40, 26], "28": [50, 45, 28]}
     new = scale_to_model(make_profile(tokens=30, schedules=schedules), 8, 10)
     assert new.schedules == {"3": (6, 5, 3)}
 
