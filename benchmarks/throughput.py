@@ -3,8 +3,8 @@
     python benchmarks/throughput.py --out results/throughput-cpu.json      # a quarter of an hour on 2 cores
     python benchmarks/throughput.py --table results/throughput-cpu.json    # prints the table of a result again
 
-Two engines live side by side and take turns, so that a machine whose speed drifts slows both: stock, then every budget,
-round after round. Figures are medians over rounds of ratios to the stock turn of the same round, with their range.
+Two engines live side by side and take turns, so that a machine whose speed drifts slows both: a round goes from stock
+over every budget and back. Figures are medians over rounds of ratios to stock in the same round, with their range.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from eos_vllm.models.tiny import PRESETS, parameter_count, write_tiny_model
 from eos_vllm.provenance import provenance
 
 BUDGETS = (576, 192, 64, 16)
-QUESTION = "What is in picture number {}, and where? "
+TEXT_TOKENS = 88  # with 576 visual tokens the prompt of the design's ceilings
 BLOCK = 32
 
 
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--preset", default="bench-88m", choices=sorted(PRESETS))
     parser.add_argument("--model", default=None, help="directory of a model to use instead of a preset")
     parser.add_argument("--requests", type=int, default=8, help="requests per turn (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each setting (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds, each there and back (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--kv", choices=("large", "bound", "both"), default="both")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile (both engines); default: eager")
@@ -110,11 +110,13 @@ def measure(args: argparse.Namespace, model: Any, profile: Profile, kv: str) -> 
         turn.take(eos, 64)
     rounds = []
     for n in range(args.rounds):
-        # Every other round backwards, so that no setting always follows the same one.
+        # There and back, so that a machine that slows down as it works slows all settings alike.
         order: list[int | None] = [None, *BUDGETS]
-        if n % 2:
-            order.reverse()
-        speeds = {str(b or "stock"): turn.take(stock if b is None else eos, b) for b in order}
+        times: dict[str, float] = {}
+        for budget in [*order, *reversed(order)]:
+            name = str(budget or "stock")
+            times[name] = times.get(name, 0.0) + 0.5 / turn.take(stock if budget is None else eos, budget)
+        speeds = {name: 1 / seconds for name, seconds in times.items()}
         rounds.append(speeds)
         print(f"{kv}: round {n + 1}: " + ", ".join(f"{k} {v:.3f}/s" for k, v in speeds.items()), file=sys.stderr)
     prompt = turn.prompt_tokens
@@ -148,7 +150,7 @@ class Turn:
         self.sent += self.args.requests
         prompts = [
             {
-                "prompt": f"USER: <image>\n{QUESTION.format(n)} ASSISTANT:",
+                "prompt": question(n),
                 "multi_modal_data": {"image": sample_image(n)},
             }
             for n in numbers
@@ -159,6 +161,14 @@ class Turn:
         assert all(len(out.outputs[0].token_ids) == self.args.max_tokens for out in outputs)
         self.prompt_tokens = len(outputs[0].prompt_token_ids)
         return len(prompts) / elapsed
+
+
+def question(number: int) -> str:
+    """A prompt with one image and ``TEXT_TOKENS`` tokens of text: one per byte, and the begin token."""
+    head, tail = "USER: <image>\n", " ASSISTANT:"
+    asked = f"What is in picture number {number}, and where is it? "
+    room = TEXT_TOKENS - 1 - len(head.replace("<image>", "")) - len(tail)
+    return head + (asked * 3)[:room] + tail
 
 
 def ceiling(model: Any, profile: Profile, prompt: int, outputs: int, budget: int) -> dict[str, float]:

@@ -138,6 +138,18 @@ def _metrics() -> dict[str, Any]:
     return _REGISTERED
 
 
-def log_interval() -> float:
-    """Seconds between log lines, as vLLM's own."""
-    return envs.VLLM_LOG_STATS_INTERVAL
+class WorkerLog:
+    """The worker's own count in the log, at vLLM's interval: what was really reduced, beside what was scheduled."""
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self.layers = layers
+        self.due = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
+
+    def maybe(self, counters: Counters) -> None:
+        """Logs if an interval has passed; called after steps that prefill images only."""
+        if (now := time.monotonic()) < self.due:
+            return
+        self.due = now + envs.VLLM_LOG_STATS_INTERVAL
+        pairs = zip(self.layers, counters.tokens_in, counters.tokens_kept, strict=True)
+        steps = ", ".join(f"{before}->{after} after layer {layer}" for layer, before, after in pairs)
+        logger.info("eos: this worker reduced %d images since start: visual tokens %s", counters.images, steps)

@@ -21,7 +21,7 @@ from eos_vllm.core.plan import Planner
 from eos_vllm.core.reduction import image_query_weights, reduce_tokens
 from eos_vllm.serving.attention import convert
 from eos_vllm.serving.batch import BatchState
-from eos_vllm.serving.metrics import Counters
+from eos_vllm.serving.metrics import Counters, WorkerLog
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.runner_v1 import hook_v1_runner
 
@@ -74,6 +74,7 @@ class Reduction:
         self.reducer_after = {layer: i for i, layer in enumerate(self.profile.layers)}
         self.join_scores = _mean_over_ranks if get_tensor_model_parallel_world_size() > 1 else None
         self.counters = Counters(len(self.profile.reducers))
+        self.log = WorkerLog(self.profile.layers)
 
     def is_needed(self) -> bool:
         """Whether this step prefills an image that is reduced; never in vLLM's dummy runs."""
@@ -120,6 +121,7 @@ class Reduction:
         for row in rows:
             if row.plan is not None:
                 self.counters.count(row.plan)
+        self.log.maybe(self.counters)
         assert origin is not None
         return hidden.new_zeros(inputs_embeds.shape[0], hidden.shape[1]).index_copy_(0, origin, hidden)
 

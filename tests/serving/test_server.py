@@ -194,4 +194,5 @@ def test_counts_stand_in_metrics_and_log(client: openai.OpenAI, server: Server) 
     log = server.log.read_text()
     assert "eos: profile 'test' reduces after layers [1, 3, 5]" in log
     assert re.search(r"eos: engine 000: \d+ images; visual tokens in->kept per reducer \d+->\d+", log)
+    assert re.search(r"eos: this worker reduced \d+ images since start: visual tokens \d+->\d+ after layer 1", log)
     assert "Traceback" not in log
