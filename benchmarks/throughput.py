@@ -9,6 +9,7 @@ over every budget and back. Figures are medians over rounds of ratios to stock i
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -65,6 +66,8 @@ def main() -> int:
             "block_size": BLOCK,
             "images": "distinct in every request",
             "prefix_caching": False,
+            "chunked_prefill": "off in both",
+            "runner": "V1 in both",
         },
         "profile": profile.to_dict(),
         "cases": cases,
@@ -104,7 +107,8 @@ def measure(args: argparse.Namespace, model: Any, profile: Profile, kv: str) -> 
     budgets = BUDGETS if kv == "large" else BUDGETS[1:]
     from vllm import LLM
 
-    stock = LLM(**settings, enable_prefix_caching=False)
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    stock = LLM(**settings, enable_prefix_caching=False, enable_chunked_prefill=False)
     eos = LLM(**settings, additional_config={"eos": {"profile": profile.to_dict()}})
     turn = Turn(args)
     for engine in (stock, eos):

@@ -21,7 +21,8 @@ class Row:
 
 @dataclass(frozen=True)
 class ImageGroup:
-    """Images of a batch that go from ``total`` to ``keep`` tokens at one reducer; B of them, T queries (padded).
+    """Images of a batch that go from ``total`` to ``keep`` tokens at one reducer; B of them, T queries (padded
+    within the group).
 
     Attributes:
         total: visual tokens of each before the reducer, N.
@@ -50,7 +51,10 @@ class ImageGroup:
 
 @dataclass(frozen=True)
 class ReducerStep:
-    """What one reducer does to a batch: ``source[j]`` is the row that row j comes from (kept ones filled in later)."""
+    """What one reducer does to a batch: ``source[j]`` is the row that row j comes from (kept ones filled in later).
+
+    ``tokens_in`` and ``tokens_kept`` count the visual tokens of all images of the batch.
+    """
 
     source: torch.Tensor
     groups: tuple[ImageGroup, ...]
@@ -145,7 +149,7 @@ def build_layout(rows: Sequence[Row], num_segments: int, rule: QueryRule, device
         )
         for length, ns in by_length.items()
     ]
-    drafts = [_draft_step(rows, images, queries, width, s, lengths, starts, upload) for s in range(num_segments - 1)]
+    drafts = [_draft_step(rows, images, queries, s, lengths, starts, upload) for s in range(num_segments - 1)]
     upload.send()
     return BatchLayout(
         steps=tuple(_finish_step(draft, upload) for draft in drafts),
@@ -166,12 +170,11 @@ def _draft_step(
     rows: Sequence[Row],
     images: list[tuple[int, int]],
     queries: list[tuple[int, ...]],
-    width: int,
     segment: int,
     lengths: np.ndarray,
     starts: np.ndarray,
     upload: _Upload,
-) -> tuple[Any, list[Any]]:
+) -> tuple[Any, list[Any], int, int]:
     after = segment + 1
     source = np.zeros(starts[after, -1], np.int64)
     for r, row in enumerate(rows):
@@ -183,6 +186,7 @@ def _draft_step(
             by_counts.setdefault((total, keep), []).append(n)
     groups = []
     for (total, keep), members in by_counts.items():
+        width = max(len(queries[n]) for n in members)
         query_rows = np.zeros((len(members), width), np.int64)
         visible = np.ones((len(members), width), np.int64)
         columns: list[tuple[int, int, int, int]] = []
@@ -199,7 +203,8 @@ def _draft_step(
         longest = int(max(lengths[segment, images[n][0]] for n in members))
         slots = [upload.add(a) for a in (members, first_row, first_visual, first_kept_all, query_rows, visible)]
         groups.append((total, keep, longest, slots, upload.add(last) if any(last) else None))
-    return upload.add(source), groups
+    tokens_in, tokens_kept = (sum(_plan(rows, r).kept[i][s] for r, i in images) for s in (segment, after))
+    return upload.add(source), groups, tokens_in, tokens_kept
 
 
 def _fill_source(source: np.ndarray, row: Row, segment: int, first: int, first_after: int) -> None:
@@ -220,8 +225,8 @@ def _fill_source(source: np.ndarray, row: Row, segment: int, first: int, first_a
     source[write : write + tail] = np.arange(read, read + tail)
 
 
-def _finish_step(draft: tuple[Any, list[Any]], upload: _Upload) -> ReducerStep:
-    source, groups = draft
+def _finish_step(draft: tuple[Any, list[Any], int, int], upload: _Upload) -> ReducerStep:
+    source, groups, tokens_in, tokens_kept = draft
     finished = []
     for total, keep, longest, slots, last in groups:
         images, first_row, first_visual, first_kept, query_rows, visible = (upload.view(slot) for slot in slots)
@@ -231,5 +236,4 @@ def _finish_step(draft: tuple[Any, list[Any]], upload: _Upload) -> ReducerStep:
                 total, keep, longest, images, first_row, first_visual, first_kept, query_rows, visible, keeps_last
             )
         )
-    count = [(len(g.images) * g.total, len(g.images) * g.keep) for g in finished]
-    return ReducerStep(upload.view(source), tuple(finished), sum(a for a, _ in count), sum(b for _, b in count))
+    return ReducerStep(upload.view(source), tuple(finished), tokens_in, tokens_kept)

@@ -12,7 +12,7 @@ from eos_vllm.core.layout import BatchLayout, ImageGroup, ReducerStep
 from eos_vllm.core.operator import OperatorParams, unified_operator
 from eos_vllm.core.profile import QueryRule
 
-# Logits held at once while scoring (B * H * T * L); larger groups are scored in parts.
+# Logits held at once while scoring (B * H * T * L, 128 MiB in float32); more are scored in parts, by images or queries.
 _SCORE_ELEMENTS = 1 << 25
 
 ScoreReduce = Callable[[torch.Tensor], torch.Tensor]
@@ -29,13 +29,14 @@ def image_query_weights(rule: QueryRule, embeddings: torch.Tensor, layout: Batch
     Returns:
         ``[images, T]`` float32, rows summing to 1.
     """
-    text = embeddings[layout.text_rows]
     if rule != "relevant_text":
-        return query_weights(rule, text[:, :0], text, layout.text_mask)
+        nothing = embeddings.new_empty((*layout.text_mask.shape, 0))
+        return query_weights(rule, nothing, nothing, layout.text_mask)
     weights = torch.zeros(layout.text_mask.shape, device=embeddings.device)
     for length, images, first in layout.visual_groups:
         visual = embeddings[first.unsqueeze(1) + torch.arange(length, device=embeddings.device)]
-        weights[images] = query_weights(rule, visual, text[images], layout.text_mask[images])
+        text = embeddings[layout.text_rows[images]]
+        weights[images] = query_weights(rule, visual, text, layout.text_mask[images])
     return weights
 
 
@@ -92,22 +93,40 @@ def _group_scores(
     query: torch.Tensor, key: torch.Tensor, group: ImageGroup, weights: torch.Tensor, scale: float
 ) -> torch.Tensor:
     images, queries = group.query_rows.shape
-    part = max(1, _SCORE_ELEMENTS // max(1, query.shape[1] * queries * group.longest))
-    return torch.cat([_score(query, key, group, weights, scale, i, i + part) for i in range(0, images, part)])
+    per_query = query.shape[1] * group.longest
+    part = max(1, _SCORE_ELEMENTS // (per_query * queries))
+    width = min(queries, max(1, _SCORE_ELEMENTS // per_query))
+    scored = []
+    for image in range(0, images, part):
+        parts = [
+            _score(query, key, group, weights, scale, image, image + part, first, first + width)
+            for first in range(0, queries, width)
+        ]
+        scored.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0))
+    return torch.cat(scored)
 
 
 def _score(
-    query: torch.Tensor, key: torch.Tensor, group: ImageGroup, weights: torch.Tensor, scale: float, low: int, high: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    group: ImageGroup,
+    weights: torch.Tensor,
+    scale: float,
+    low: int,
+    high: int,
+    first_query: int,
+    last_query: int,
 ) -> torch.Tensor:
+    """What some queries of some images of a group add to the scores ``[images, N]``."""
     first_row = group.first_row[low:high].unsqueeze(1)
     # Rows past a shorter request are never visible to its queries; the clamp only keeps the index in range.
     key_rows = (first_row + torch.arange(group.longest, device=key.device)).clamp_(max=key.shape[0] - 1)
     columns = group.first_visual[low:high].unsqueeze(1) - first_row + torch.arange(group.total, device=key.device)
     return received_attention(
-        query[group.query_rows[low:high]],
+        query[group.query_rows[low:high, first_query:last_query]],
         key[key_rows],
-        group.visible[low:high],
-        weights[group.images[low:high]],
+        group.visible[low:high, first_query:last_query],
+        weights[group.images[low:high], first_query:last_query],
         columns,
         scale,
     )

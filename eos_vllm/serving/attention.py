@@ -40,20 +40,18 @@ class SegmentAttention(Attention):
 
 
 def convert(layer: Attention, segment: int, batch: BatchState) -> None:
-    """Turns a layer into one of segment ``segment``. The first segment sees all tokens and keeps vLLM's backend."""
+    """Turns a layer into one of segment ``segment``: spec, backend and implementation."""
     layer.__class__ = SegmentAttention
     assert isinstance(layer, SegmentAttention)
     layer.eos_segment = segment
     layer.eos_batch = batch
-    if segment == 0:
-        return
     layer.attn_backend = segment_backend(layer.attn_backend)
     layer.impl.__class__ = layer.attn_backend.get_impl_cls()  # type: ignore[assignment]
 
 
 @functools.cache
 def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]:
-    """The backend of later segments over the one that vLLM chose for the platform."""
+    """The backend of all segments over the one that vLLM chose for the platform."""
     underlying_builder: Any = underlying.get_builder_cls()
     underlying_impl: Any = underlying.get_impl_cls()
     is_cpu = underlying.get_name() == "CPU_ATTN"
@@ -61,8 +59,9 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
     class SegmentBuilder(underlying_builder):
         """Builds the underlying metadata from the segment's lengths, and its slots."""
 
-        # A segment may own several KV groups, which differ in their blocks only; the CPU's metadata can be shared too.
-        supports_update_block_table = underlying_builder.supports_update_block_table or is_cpu
+        # A segment may own several KV groups, which differ in their blocks only. On CPUs they share metadata; a GPU's
+        # builders fill buffers of their own, which captured graphs read by address, so each has to build.
+        supports_update_block_table = is_cpu
 
         def __init__(
             self,
@@ -93,11 +92,8 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
 
         def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
             """For further KV groups of a segment; vLLM's slot mapping knows nothing of it, so ours replaces it."""
-            slots = self.eos_slot_mapping(blk_table)
-            if not is_cpu:
-                return super().update_block_table(metadata, blk_table, slots)
             shared = copy.copy(metadata)
-            shared.block_table, shared.slot_mapping = blk_table, slots
+            shared.block_table, shared.slot_mapping = blk_table, self.eos_slot_mapping(blk_table)
             return shared
 
         def eos_slot_mapping(self, block_table: torch.Tensor) -> torch.Tensor:

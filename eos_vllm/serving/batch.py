@@ -51,7 +51,7 @@ class BatchState:
         self.is_real = False
         self._removed = np.zeros((num_segments, max_requests), np.int32)
         self._query_removed = np.zeros((num_segments, max_requests), np.int32)
-        self._ids: list[str] = []
+        self._plans: list[RequestPlan | None] = []
         # Persistent, for captured graphs read them by address.
         self._removed_device = torch.zeros((num_segments, max_requests), dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros((num_segments, max_requests), dtype=torch.int32, device=device)
@@ -67,11 +67,11 @@ class BatchState:
         self._geometry.clear()
         self.is_real = rows is not None
         rows = rows or ()
-        ids = [row.request_id for row in rows]
+        plans = [row.plan for row in rows]
         prefilling = [row for row in rows if row.plan is not None and row.computed < row.plan.images_end]
-        if not prefilling and not self.prefills_images and ids == self._ids:
+        if not prefilling and not self.prefills_images and plans == self._plans:
             return
-        self._ids = ids
+        self._plans = plans
         self._removed[:] = 0
         self._query_removed[:] = 0
         for i, row in enumerate(rows):

@@ -94,6 +94,8 @@ def _with_values(from_cli_args: Callable) -> Callable:
         except EosError as e:
             _exit(e)
         engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: options}
+        # Further API servers parse these very arguments anew, before any plugin is loaded in them.
+        args.additional_config = engine_args.additional_config
         return engine_args
 
     return wrapped
@@ -124,18 +126,21 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
         config = create_engine_config(engine_args, *args, **kwargs)
     except ValueError as e:
         # vLLM checks the same, once chunked prefill is off; say it in terms of what the user typed.
-        if batched is None or "max_num_batched_tokens" not in str(e):
+        if batched is None or "max_num_batched_tokens" not in str(e) or "max_model_len" not in str(e):
             raise
-        config = None
-    if config is None or config.scheduler_config.max_num_batched_tokens < config.model_config.max_model_len:
-        raise SettingError(
-            "max-num-batched-tokens",
-            batched,
-            "it is below max-model-len, but a prompt with images must be prefilled in one step",
-            "raise it to max-model-len or more, or lower --max-model-len",
-        )
+        raise _too_few("max-num-batched-tokens", batched) from None
+    scheduler, longest = config.scheduler_config, config.model_config.max_model_len
+    if scheduler.max_num_batched_tokens < longest:
+        raise _too_few("max-num-batched-tokens", scheduler.max_num_batched_tokens)
+    if scheduler.max_num_scheduled_tokens is not None and scheduler.max_num_scheduled_tokens < longest:
+        raise _too_few("max-num-scheduled-tokens", scheduler.max_num_scheduled_tokens)
     finish(config)
     return config
+
+
+def _too_few(flag: str, tokens: int) -> SettingError:
+    problem = "it is below max-model-len, but a prompt with images must be prefilled in one step"
+    return SettingError(flag, tokens, problem, "raise it to max-model-len or more, or lower --max-model-len")
 
 
 def prepare(engine_args: Any) -> None:
@@ -171,6 +176,7 @@ def finish(vllm_config: Any) -> None:
     """
     from vllm.config import CUDAGraphMode
 
+    from eos_vllm.serving.metrics import install_stat_logger
     from eos_vllm.serving.request_checks import install_request_checks
 
     planner = planner_of(vllm_config)
@@ -181,13 +187,14 @@ def finish(vllm_config: Any) -> None:
     compilation = vllm_config.compilation_config
     if compilation.cudagraph_mode == CUDAGraphMode.FULL:
         # A full graph of a mixed batch would replay the unreduced forward pass.
-        compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
     install_request_checks(planner)
+    install_stat_logger()
 
 
 def check_model(profile: Profile, model_config: Any) -> None:
     """Whether ``profile`` fits the model; errors as in :func:`finish`."""
-    from eos_vllm.core.errors import ProfileError
+    from eos_vllm.core.comparison import check_fits
     from eos_vllm.models.geometry import geometry
 
     architectures = list(model_config.architectures or [])
@@ -200,15 +207,7 @@ def check_model(profile: Profile, model_config: Any) -> None:
         raise SettingError("model.text_config.model_type", kind, "reduction is not proven for it", remedy)
     if (kind := config.vision_config.model_type) == "pixtral":
         raise SettingError("model.vision_config.model_type", kind, "images of varying length", "serve a CLIP LLaVA")
-    shape = geometry(config)
-    for name, have, want in (
-        ("architecture", ARCHITECTURE, profile.model.architecture),
-        ("num_decoder_layers", shape.num_decoder_layers, profile.model.num_decoder_layers),
-        ("visual_tokens", shape.visual_tokens, profile.model.visual_tokens),
-    ):
-        if have != want:
-            remedy = "use a profile made for this model (`eos-vllm profile scale` adapts one)"
-            raise ProfileError(f"profile.model.{name}", want, f"model {model_config.model} has {have}", remedy)
+    check_fits(profile, geometry(config))
 
 
 def _exit(error: EosError) -> NoReturn:

@@ -40,6 +40,11 @@ class Counters:
                 self.tokens_in[i] += kept[i]
                 self.tokens_kept[i] += kept[i + 1]
 
+    def count_tokens(self, reducer: int, before: int, after: int) -> None:
+        """Adds what one reducer really did to a batch."""
+        self.tokens_in[reducer] += before
+        self.tokens_kept[reducer] += after
+
     def to_dict(self) -> dict[str, Any]:
         return {"images": self.images, "tokens_in": list(self.tokens_in), "tokens_kept": list(self.tokens_kept)}
 
@@ -62,7 +67,7 @@ def unpack_stats(stats: "SchedulerStats") -> dict[str, int]:
 
 
 class EosStatLogger(AggregateStatLoggerBase):
-    """``vllm.stat_logger_plugins`` entry point: ``eos_*`` metrics, a log line an interval; idle without a profile."""
+    """``eos_*`` metrics and a log line an interval, in the front end of an engine with a profile."""
 
     def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int]) -> None:
         self.planner = planner_of(vllm_config)
@@ -121,6 +126,25 @@ class EosStatLogger(AggregateStatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """Nothing: the scheduler says it all at start."""
+
+
+def install_stat_logger() -> None:
+    """Adds :class:`EosStatLogger` to the loggers of this process' engines.
+
+    Why a wrap and no ``vllm.stat_logger_plugins`` entry point: one of those turns statistics on in every server of the
+    environment, with a profile or without, whatever ``--disable-log-stats`` says. Can go when vLLM asks loggers first.
+    """
+    from vllm.v1.engine import async_llm
+
+    load = async_llm.load_stat_logger_plugin_factories
+    if getattr(load, "eos_installed", False):
+        return
+
+    def with_ours() -> list[Any]:
+        return [*load(), EosStatLogger]
+
+    with_ours.eos_installed = True  # type: ignore[attr-defined]
+    async_llm.load_stat_logger_plugin_factories = with_ours
 
 
 _REGISTERED: dict[str, Any] = {}

@@ -104,23 +104,24 @@ class Reduction:
                 continue
             with queries_and_keys(self.attention[index]) as seen:
                 hidden, residual = layer(positions, hidden, residual)
+            step, before = layout.steps[reducer], hidden + residual
             hidden, source = reduce_tokens(
-                hidden + residual,
+                before,
                 seen["query"],
                 seen["key"],
-                layout.steps[reducer],
+                step,
                 weights,
                 profile.operator_params(reducer),
                 self.attention[index].impl.scale,
                 self.join_scores,
             )
+            # What went in is the plan's; what is gone is counted on the tensors, so that the count proves something.
+            self.counters.count_tokens(reducer, step.tokens_in, step.tokens_in - len(before) + len(hidden))
             residual = None
             positions = positions.index_select(0, source)
             origin = source if origin is None else origin.index_select(0, source)
         hidden, _ = self.decoder.norm(hidden, residual)
-        for row in rows:
-            if row.plan is not None:
-                self.counters.count(row.plan)
+        self.counters.images += sum(len(row.plan.spans) for row in rows if row.plan is not None)
         self.log.maybe(self.counters)
         assert origin is not None
         return hidden.new_zeros(inputs_embeds.shape[0], hidden.shape[1]).index_copy_(0, origin, hidden)

@@ -40,7 +40,7 @@ def prove_worker(reduction: Any, kv_cache_config: KVCacheConfig, max_model_len: 
             want = profile.segment_of_layer(reduction.attention.index(layer))
             if not isinstance(layer, SegmentAttention) or layer.eos_segment != want or segment != want:
                 raise RuntimeError(f"eos: layer {name} caches for segment {segment}, its place is segment {want}")
-            if segment and not builds_for_segments(layer):
+            if not builds_for_segments(layer):
                 raise RuntimeError(f"eos: layer {name} attends with metadata of unreduced lengths")
     if names:
         raise RuntimeError(f"eos: layers {sorted(names)} have no KV cache")
@@ -72,8 +72,7 @@ def prove_allocation(
     """
     managers = [m for m in coordinator.single_type_managers if isinstance(m, SegmentManager)]
     free = coordinator.block_pool.get_num_free_blocks()
-    if sum(_trial_blocks(kv_cache_config, planner, max_model_len)) <= free:
-        _allocate_and_compare(managers, kv_cache_config, planner, max_model_len)
+    _allocate_and_compare(managers, kv_cache_config, planner, max_model_len)
     if coordinator.block_pool.get_num_free_blocks() != free:
         raise RuntimeError(f"eos: {free} KV blocks were free before the trial request, now it is fewer")
 

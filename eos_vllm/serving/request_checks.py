@@ -30,7 +30,7 @@ def install_request_checks(planner: Planner) -> None:
 
     @functools.wraps(process_inputs)
     def checked(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        planner = planner_of(self.vllm_config)
+        planner = _planner_of(self)
         if planner is None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         check_params(planner, params)
@@ -49,6 +49,15 @@ def install_request_checks(planner: Planner) -> None:
     BaseServing._check_model = check_first  # type: ignore[method-assign]
 
 
+def _planner_of(processor: InputProcessor) -> Planner | None:
+    """The planner of the processor's engine, looked up once."""
+    try:
+        return processor.eos_planner  # type: ignore[attr-defined]
+    except AttributeError:
+        processor.eos_planner = planner_of(processor.vllm_config)  # type: ignore[attr-defined]
+        return processor.eos_planner  # type: ignore[attr-defined]
+
+
 def check_body(planner: Planner, body: Any) -> None:
     """Checks a parsed HTTP request before anything is made of it.
 
@@ -58,6 +67,11 @@ def check_body(planner: Planner, body: Any) -> None:
     extra = getattr(body, "vllm_xargs", None) or {}
     params = SamplingParams(extra_args=extra)
     check_params(planner, params)
+    if getattr(body, "use_beam_search", False) and _has_media(getattr(body, "messages", None)):
+        raise VLLMValidationError(
+            "use_beam_search=true: with images it would select other visual tokens at each step; leave it out",
+            parameter="use_beam_search",
+        )
     logprobs = getattr(body, "prompt_logprobs", None)
     if logprobs is not None and _has_media(getattr(body, "messages", None)):
         total = planner.profile.model.visual_tokens

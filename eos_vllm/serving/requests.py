@@ -46,3 +46,6 @@ def plan_of_features(
     except BudgetError as e:
         logger.warning("eos: %s; using the server's budget %d", e, planner.budget)
         return planner.plan(prompt_length, spans)
+    except ValueError as e:
+        logger.warning("eos: %s; the request is not reduced", e)
+        return planner.plan(prompt_length, [])

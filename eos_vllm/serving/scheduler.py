@@ -90,6 +90,8 @@ class EosSchedulerMixin(Scheduler):
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
         )
         if result[1] < num_new_tokens and request.request_id in self.plans:
+            # Asking took references to images that are cached already; kept while waiting, they could starve others.
+            self.encoder_cache_manager.free(request)
             return [], 0, encoder_compute_budget, [], []
         return result
 

@@ -1,5 +1,6 @@
 """Where ``--eos-profile`` may point: a file, the name of a shipped profile, an https URL or a hub repository."""
 
+import http.client
 import re
 import urllib.error
 import urllib.request
@@ -49,7 +50,7 @@ def _fetch(url: str) -> bytes:
             if not response.geturl().startswith("https://"):
                 raise ProfileError("eos-profile", url, "it redirects away from https", _REMEDY)
             return response.read(MAX_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as e:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as e:
         if isinstance(e, ProfileError):
             raise
         reason = getattr(e, "reason", None) or e

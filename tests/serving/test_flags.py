@@ -56,6 +56,29 @@ def test_good_flags_reach_every_process_by_one_place(tiny_model: Path, profile_f
     assert not config.use_v2_model_runner
 
 
+def test_further_api_servers_get_the_profile_from_the_arguments(tiny_model: Path, profile_file: Path) -> None:
+    """vLLM hands them the parsed arguments, which they turn into engine arguments before any plugin is loaded."""
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", str(tiny_model), *BASE, "--eos-profile", str(profile_file)])
+    AsyncEngineArgs.from_cli_args(args)
+    names = [f.name for f in fields(AsyncEngineArgs)]
+    elsewhere = AsyncEngineArgs(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    config = elsewhere.create_engine_config()
+    assert config.additional_config["eos"]["profile"] == make_profile().to_dict()
+    assert config.scheduler_config.scheduler_cls == "eos_vllm.serving.scheduler.EosScheduler"
+
+
+def test_without_a_profile_no_statistics_are_turned_on() -> None:
+    from importlib.metadata import entry_points
+
+    assert not [e for e in entry_points(group="vllm.stat_logger_plugins") if e.name == "eos"]
+
+
 def test_without_a_profile_nothing_changes(tiny_model: Path) -> None:
     config = configure(tiny_model, [])
     assert "eos" not in (config.additional_config or {})
@@ -78,6 +101,7 @@ def test_without_a_profile_nothing_changes(tiny_model: Path) -> None:
         (["--disable-hybrid-kv-cache-manager"], "disable-hybrid-kv-cache-manager"),
         (["--scheduler-cls", "vllm.v1.core.sched.scheduler.Scheduler"], "scheduler-cls"),
         (["--max-num-batched-tokens", "1024"], "max-num-batched-tokens"),
+        (["--max-num-scheduled-tokens", "1024"], "max-num-scheduled-tokens"),
         (["--eos-retain", "0"], "eos-retain='0'"),
         (["--eos-retain", "-4"], "eos-retain='-4'"),
         (["--eos-retain", "many"], "eos-retain='many'"),
@@ -140,7 +164,14 @@ def test_bad_profiles(
 
 @pytest.mark.parametrize(
     "source",
-    ["/nowhere/theta.json", "https://127.0.0.1:9/theta.json", "http://127.0.0.1:9/x", "nobody/nothing", "nope"],
+    [
+        "/nowhere/theta.json",
+        "https://127.0.0.1:9/theta.json",
+        "http://127.0.0.1:9/x",
+        "https://exa mple/x",
+        "nobody/nothing",
+        "nope",
+    ],
 )
 def test_profiles_that_are_not_there(source: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(tiny_model, ["--eos-profile", source], capsys)

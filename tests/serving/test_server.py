@@ -147,6 +147,13 @@ def test_prompt_logprobs_of_discarded_tokens_are_refused(client: openai.OpenAI) 
     assert client.chat.completions.create(model="tiny", messages=messages("What?", 1), max_tokens=2, extra_body=whole)
 
 
+def test_beam_search_with_images_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="use_beam_search"):
+        client.chat.completions.create(
+            model="tiny", messages=messages("What?", 1), max_tokens=2, extra_body={"use_beam_search": True}
+        )
+
+
 def held_blocks(server: Server) -> dict[str, float]:
     text = server.text("/metrics")
     found = re.findall(r'^eos_kv_blocks_held\{[^}]*segment="(\d+)"[^}]*\} (\S+)', text, re.MULTILINE)

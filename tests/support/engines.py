@@ -102,6 +102,7 @@ class BlockWatch:
     reduced: int = 0
     mixed_steps: int = 0
     preemptions: int = 0
+    reduced_preemptions: int = 0
     errors: list[str] = field(default_factory=list)
 
     def __enter__(self) -> "BlockWatch":
@@ -113,13 +114,16 @@ class BlockWatch:
         self.scheduler.schedule, self.scheduler._preempt_request = self._schedule, self._preempt
 
     def _counted(self, *args: Any, **kwargs: Any) -> Any:
+        request = args[0]
         self.preemptions += 1
+        self.reduced_preemptions += request.request_id in self.scheduler.plans and request.num_output_tokens > 0
         return self._preempt(*args, **kwargs)
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
         output = self._schedule(*args, **kwargs)
-        counts = output.num_scheduled_tokens.values()
-        self.mixed_steps += bool(counts) and min(counts) == 1 and max(counts) > 1
+        plans, counts = self.scheduler.plans, output.num_scheduled_tokens
+        reducing = [data.req_id in plans for data in output.scheduled_new_reqs]
+        self.mixed_steps += any(reducing) and min(counts.values()) == 1
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         for request in self.scheduler.running:
             plan: RequestPlan | None = self.scheduler.plans.get(request.request_id)

@@ -1,0 +1,20 @@
+"""Where vLLM compiles, decode steps and text run its compiled forward pass, and answers stay the reference's."""
+
+from pathlib import Path
+
+from eos_search.reference import ReferenceModel
+from support.engines import answer_all, engine, mixed_asks
+from support.profiles import make_profile
+
+
+def test_compiled_engine_answers_as_the_reference(tiny_model: Path) -> None:
+    from vllm.config import CompilationMode
+
+    profile = make_profile(operator_values={"gamma": 0.3, "tau": 0.4, "theta": 0.1, "rho": 0.6, "nu": 0.35})
+    asks = mixed_asks(6)
+    with engine(tiny_model, profile, enforce_eager=False) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+        answers = answer_all(llm, asks)
+    reference = ReferenceModel.from_pretrained(str(tiny_model), profile)
+    for ask, answer in zip(asks, answers, strict=True):
+        assert answer.token_ids == reference.generate(ask.prompt, ask.images, ask.max_tokens, ask.budget).token_ids
