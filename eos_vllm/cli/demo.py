@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"vllm serve MODEL {' '.join(flags)}", flush=True)
         start = time.monotonic()
         try:
-            with serve(model, flags, log) as server:
+            with serve(model, flags, log, {"VLLM_LOGGING_LEVEL": "INFO"}) as server:
                 print(f"healthy after {time.monotonic() - start:.0f} s; asking", flush=True)
                 rows = ask_all(server, profile, token_bytes)
                 metrics = server.text("/metrics")

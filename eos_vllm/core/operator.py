@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 NORM_FLOOR = 1e-6
+TAU_FLOOR = 1e-6  # below it similarity / tau overflows float32; the assignment is one-hot long before
 Scalar = float | torch.Tensor
 
 
@@ -46,7 +47,8 @@ def unified_operator(
         return anchors
     kept, gone = anchors.float(), discards.float()
     similarity = F.normalize(gone, dim=-1) @ F.normalize(kept, dim=-1).mT
-    assignment = F.softmax(similarity / params.tau, dim=-1)
+    tau = params.tau.clamp(min=TAU_FLOOR) if isinstance(params.tau, torch.Tensor) else max(params.tau, TAU_FLOOR)
+    assignment = F.softmax(similarity / tau, dim=-1)
     gate = torch.sigmoid(params.gate_sharpness * (similarity.amax(dim=-1) - params.theta))
     out = kept + params.gamma * (assignment.mT @ (gone * gate.unsqueeze(-1)))
     candidate = F.softmax(scores.float(), dim=-1).unsqueeze(-1)

@@ -53,7 +53,7 @@ class Reducer(_Part):
     gate: float = Field(ge=0, le=1)
     discard: float = Field(ge=0, le=1)
     gamma: float = Field(ge=0, le=1)
-    tau: float = Field(ge=1e-6, le=1e9)
+    tau: float = Field(gt=0)
     theta: float = Field(ge=-1, le=1)
     rho: float = Field(ge=0, le=1)
     nu: float = Field(ge=0, le=1)

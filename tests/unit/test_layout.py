@@ -36,7 +36,7 @@ def walk(prompts: list[Prompt], layout: BatchLayout, budget: int) -> None:
     for s, step in enumerate(layout.steps):
         count = PLANNER.counts(budget)[s]
         source = step.source.tolist()
-        tokens_in = tokens_kept = 0
+        tokens_in = sum(t[2] is not None for t in batch)
         for group in step.groups:
             for b, n in enumerate(group.images.tolist()):
                 first, target = int(group.first_visual[b]), int(group.first_kept[b])
@@ -44,10 +44,9 @@ def walk(prompts: list[Prompt], layout: BatchLayout, budget: int) -> None:
                 assert [t[0::2] for t in stood] == [images[n]] * group.total
                 assert int(group.first_row[b]) == min(j for j, t in enumerate(batch) if t[0] == images[n][0])
                 source[target : target + group.keep] = range(first + group.total - group.keep, first + group.total)
-                tokens_in, tokens_kept = tokens_in + group.total, tokens_kept + group.keep
-        assert (step.tokens_in, step.tokens_kept) == (tokens_in, tokens_kept)
         rows = [drop(row, dict.fromkeys(range(8), count)) for row in rows]
         batch = [batch[i] for i in source]
+        assert (step.tokens_in, step.tokens_kept) == (tokens_in, sum(t[2] is not None for t in batch))
         assert batch == [t for row in rows for t in row]
         assert [len(row) for row in rows] == layout.segment_lengths[s + 1].tolist()
 

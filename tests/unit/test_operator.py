@@ -135,3 +135,11 @@ def test_tensor_parameters_are_never_taken_for_the_prune_corner() -> None:
     assert not OperatorParams(zero, 1.0, 0.0, 0.0, 0.0).is_identity
     assert not OperatorParams(0.0, 1.0, 0.0, zero, 0.0).is_identity
     assert OperatorParams(0.0, 1.0, 0.0, 0.0, 0.5).is_identity
+
+
+def test_a_vanishing_temperature_is_a_hard_merge_and_no_nan() -> None:
+    anchors, discards, scores = torch.randn(4, 16), torch.randn(9, 16), torch.randn(9)
+    hard = unified_operator(anchors, discards, scores, OperatorParams(1.0, 1e-5, -1.0, 0.0, 0.0))
+    harder = unified_operator(anchors, discards, scores, OperatorParams(1.0, 1e-45, -1.0, 0.0, 0.0))
+    assert torch.isfinite(harder).all()
+    torch.testing.assert_close(harder, hard)
