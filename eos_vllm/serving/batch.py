@@ -6,6 +6,7 @@ costs one subtraction per segment; the integers are sent to the device only when
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from eos_vllm.core.layout import Row
 from eos_vllm.core.plan import RequestPlan
 
 
-@dataclass(frozen=True)
-class BatchRow:
-    """One request in the step: its plan (None where it reduces nothing), tokens computed before, tokens scheduled."""
+class BatchRow(NamedTuple):
+    """One request in the step: its plan (None where it reduces nothing), tokens computed before, tokens scheduled.
+
+    A tuple, for one is made per request and decode step.
+    """
 
     request_id: str
     plan: RequestPlan | None

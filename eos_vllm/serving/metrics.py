@@ -111,7 +111,7 @@ class EosStatLogger(AggregateStatLoggerBase):
         for engine, figures in self.last.items():
             since = self.logged.get(engine, {})
             images = figures["images"] - since.get("images", 0)
-            blocks = [v for k, v in sorted(figures.items()) if k.startswith("blocks/")]
+            blocks = [value for key, value in figures.items() if key.startswith("blocks/")]  # packed in order
             if images or any(blocks):
                 new = {key: value - since.get(key, 0) for key, value in figures.items()}
                 steps = [f"{new[f'in/{i}']}->{new[f'kept/{i}']}" for i in range(len(blocks) - 1)]

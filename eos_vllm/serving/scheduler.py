@@ -10,7 +10,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from eos_vllm.core.plan import RequestPlan
-from eos_vllm.serving.kv_cache import SegmentManager, segments_of_groups
+from eos_vllm.serving.kv_cache import SegmentManager
 from eos_vllm.serving.metrics import Counters, pack_stats
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.proof import prove_allocation
@@ -30,7 +30,6 @@ class EosSchedulerMixin(Scheduler):
             raise RuntimeError("the eos scheduler was chosen, but additional_config holds no eos profile")
         self.planner = planner
         self.plans: dict[str, RequestPlan] = {}
-        self.segments = segments_of_groups(self.kv_cache_config)
         self.segment_managers: list[SegmentManager] = []
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if not isinstance(manager, SegmentManager):
@@ -73,8 +72,8 @@ class EosSchedulerMixin(Scheduler):
     def blocks_held(self) -> list[int]:
         """KV blocks that requests hold now, per segment."""
         held = [0] * self.planner.profile.num_segments
-        for segment, manager in zip(self.segments, self.segment_managers, strict=True):
-            held[segment] += manager.blocks_held
+        for manager in self.segment_managers:
+            held[manager.kv_cache_spec.segment] += manager.blocks_held
         return held
 
     def _try_schedule_encoder_inputs(  # type: ignore[override]
