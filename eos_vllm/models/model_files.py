@@ -6,6 +6,7 @@ vLLM both read it as it stands, offline. It is written as plain JSON: neither to
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,10 +209,11 @@ def prepare_directory(directory: str | Path) -> Path:
     return path
 
 
-def write_model_files(shape: LlavaShape, directory: str | Path) -> Path:
+def write_model_files(shape: LlavaShape, directory: str | Path, words: Sequence[str] = ()) -> Path:
     """Write config, processor, tokenizer, chat template and generation config of `shape`, no weights.
 
-    The bytes depend on `shape` only. Files of the same names in `directory` are replaced; the directory must exist.
+    `words` become single tokens of the tokenizer. The bytes depend on `shape` and `words` only. Files of the same names
+    in `directory` are replaced; the directory must exist.
     Returns it as a Path.
     """
     path = Path(directory)
@@ -225,7 +227,7 @@ def write_model_files(shape: LlavaShape, directory: str | Path) -> Path:
     }
     for name, document in documents.items():
         (path / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    tokenizer = build_tokenizer(shape.vocab_size, shape.image_token_id)
+    tokenizer = build_tokenizer(shape.vocab_size, shape.image_token_id, words)
     (path / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
     (path / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return path

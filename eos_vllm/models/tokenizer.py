@@ -3,8 +3,12 @@
 Ids: 0 unknown, 1 begin, 2 end, 3 to 258 the bytes, then filler words up to the image token, the image token, the
 padding token, and filler words to the end. Fillers exist so that a model of a real vocabulary can generate any id and
 have it decoded; text is never encoded to them, so one token is one byte of UTF-8.
+
+A model of few words may have them as single tokens: each word, and each of its beginnings, then stands behind the
+padding token in place of fillers, and any other text still goes byte by byte.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -38,11 +42,25 @@ def _filler(number: int) -> str:
     return _SPACE + word + (_SYLLABLES[high - 1] if high else "")
 
 
-def build_tokenizer(vocab_size: int = FIRST_FREE_ID + 2, image_token_id: int = FIRST_FREE_ID) -> Tokenizer:
+def word_pieces(words: Sequence[str]) -> list[str]:
+    """Return the words and all their beginnings of two bytes or more, in byte-level spelling, shorter ones first.
+
+    A word is ASCII, without a blank except in front. Words merge from their start, one way only; so that none gets in
+    the way of another, no word may stand there both with and without its blank.
+    """
+    spelled = [word.replace(" ", _SPACE) for word in words]
+    pieces = {word[:end] for word in spelled for end in range(2, len(word) + 1)}
+    return sorted(pieces, key=lambda piece: (len(piece), piece))
+
+
+def build_tokenizer(
+    vocab_size: int = FIRST_FREE_ID + 2, image_token_id: int = FIRST_FREE_ID, words: Sequence[str] = ()
+) -> Tokenizer:
     """Return the tokenizer with ids 0 to `vocab_size` - 1, `<image>` at `image_token_id` and `<pad>` behind it.
 
-    Encoding with special tokens puts the begin token in front; decoding returns any text unchanged.
-    Raises EosError if the two ids don't fit into the vocabulary.
+    Encoding with special tokens puts the begin token in front; decoding returns any text unchanged. `words` become
+    single tokens (`word_pieces` says how many ids that takes).
+    Raises EosError if the ids don't fit into the vocabulary.
     """
     if not FIRST_FREE_ID <= image_token_id <= vocab_size - 2:
         raise EosError(
@@ -54,12 +72,18 @@ def build_tokenizer(vocab_size: int = FIRST_FREE_ID + 2, image_token_id: int = F
     specials = {UNK: UNK_ID, BOS: BOS_ID, EOS: EOS_ID, IMAGE: image_token_id, PAD: image_token_id + 1}
     vocabulary = dict(specials)
     vocabulary.update({character: FIRST_BYTE_ID + byte for byte, character in enumerate(_byte_characters())})
+    pieces = word_pieces(words)
+    if image_token_id + 2 + len(pieces) > vocab_size:
+        needed = image_token_id + 2 + len(pieces)
+        raise EosError("vocab_size", vocab_size, f"has no room for {len(pieces)} pieces of words", f"choose {needed}")
+    vocabulary.update({piece: image_token_id + 2 + i for i, piece in enumerate(pieces)})
     taken = set(vocabulary.values())
     vocabulary.update({_filler(i): i for i in range(vocab_size) if i not in taken})
 
     # Without merges every byte stays a token of its own.
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token=None))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    merges = [(piece[:-1], piece[-1]) for piece in pieces]
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token=None))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=bool(words))
     tokenizer.decoder = ByteLevelDecoder()
     tokenizer.post_processor = TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, BOS_ID)]

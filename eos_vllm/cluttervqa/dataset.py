@@ -1,0 +1,178 @@
+"""Samples of ClutterVQA by split and index, their export as PNG and JSONL, and how replies are marked.
+
+A sample depends on its split, index and window only: splits never share a seed, machines agree byte for byte, and
+any number of processes may share the work.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from eos_vllm.cluttervqa.questions import KINDS, Question, ask
+from eos_vllm.cluttervqa.scene import FRAME_CELLS, Scene, make_scene, paint
+from eos_vllm.core.errors import EosError
+
+SPLITS = ("train", "validation", "test")
+REMEDY = "write one with: eos-vllm cluttervqa DIRECTORY"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its questions; ``pixels`` is RGB ``[96, 96, 3]`` uint8 (less for a smaller window)."""
+
+    name: str
+    pixels: np.ndarray
+    scene: Scene
+    questions: tuple[Question, ...]
+
+    @property
+    def image(self) -> Image.Image:
+        """The image for Pillow."""
+        return Image.fromarray(self.pixels)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of an exported JSONL; ``boxes`` are left, top, right, bottom in pixels, of all objects."""
+
+    id: str
+    kind: str
+    prompt: str
+    answer: str
+    image_files: tuple[Path, ...]
+    boxes: tuple[tuple[int, int, int, int], ...]
+    form: str = ""
+    choices: int = 0
+
+
+def make_sample(
+    split: str, index: int, questions: int = len(KINDS), cells: int = FRAME_CELLS, kinds: tuple[str, ...] = KINDS
+) -> Sample:
+    """The sample number ``index`` of a split.
+
+    Args:
+        split: one of ``SPLITS``.
+        index: 0 or more.
+        questions: questions wanted; their kinds take turns in ``kinds``. A scene may admit fewer.
+        cells: side of the window in cells, 4 for the whole frame.
+        kinds: kinds to ask about; a kind may stand there more than once.
+
+    Raises:
+        EosError: unknown split or kind.
+    """
+    if split not in SPLITS:
+        raise EosError("split", split, "is unknown", f"choose one of {', '.join(SPLITS)}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise EosError("kinds", kind, "is unknown", f"choose from {', '.join(KINDS)}")
+    numbers = random.Random(f"cluttervqa/{split}/{index}/{cells}")
+    scene = make_scene(numbers, cells)
+    pixels = paint(scene, numbers)
+    asked = ask(scene, numbers, [kinds[i % len(kinds)] for i in range(questions)])
+    return Sample(f"{split}-{index:06d}", pixels, scene, tuple(asked))
+
+
+def samples(split: str, count: int, questions: int = len(KINDS), start: int = 0) -> Iterator[Sample]:
+    """``count`` samples of a split, from number ``start``."""
+    return (make_sample(split, index, questions) for index in range(start, start + count))
+
+
+def is_right(reply: str, answer: str) -> bool:
+    """Whether a model's reply is the answer; case, blanks around it and a full stop behind it don't matter."""
+    return reply.strip().lower().rstrip(".") == answer.lower()
+
+
+def rows_of(sample: Sample) -> list[dict]:
+    """The lines of a sample's questions in the exported JSONL, which load tests and ``vllm bench`` read as they are."""
+    image = f"images/{sample.name.split('-')[-1]}.png"
+    return [
+        {
+            "id": f"{sample.name}-{number:02d}",
+            "kind": question.kind,
+            "form": question.form,
+            "prompt": question.text,
+            "answer": question.answer,
+            "choices": question.choices,
+            "image_files": [image],
+            "boxes": [list(thing.box) for thing in sample.scene.objects],
+        }
+        for number, question in enumerate(sample.questions)
+    ]
+
+
+def export(
+    folder: str | Path, split: str = "test", images: int = 100, questions: int = len(KINDS), processes: int = 1
+) -> Path:
+    """Writes ``images/*.png`` and ``<split>.jsonl`` to a new or empty folder and returns the JSONL's path.
+
+    Args:
+        folder: where to.
+        split: one of ``SPLITS``.
+        images: how many, from the split's first.
+        questions: questions per image.
+        processes: processes that share the work; the bytes written don't depend on it.
+
+    Raises:
+        EosError: unknown split, or a folder that holds another export.
+    """
+    path = Path(folder)
+    if (path / "images").exists():
+        raise EosError("folder", str(path), "holds an export already", "name a new folder")
+    (path / "images").mkdir(parents=True)
+    make = partial(_write_sample, path, split, questions)
+    if processes > 1:
+        with ProcessPoolExecutor(processes) as pool:
+            written = list(pool.map(make, range(images), chunksize=64))
+    else:
+        written = [make(index) for index in range(images)]
+    file = path / f"{split}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for rows in written for row in rows), encoding="utf-8")
+    return file
+
+
+def _write_sample(path: Path, split: str, questions: int, index: int) -> list[dict]:
+    sample = make_sample(split, index, questions)
+    rows = rows_of(sample)
+    sample.image.save(path / f"images/{index:06d}.png", compress_level=1)
+    return rows
+
+
+def read_rows(file: str | Path) -> list[Row]:
+    """Rows of an exported JSONL, or of any JSONL of prompt, answer and image_files; image paths become absolute.
+
+    Raises:
+        EosError: the file cannot be read, or a line lacks a field; the line is named.
+    """
+    path = Path(file)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise EosError("rows", str(path), f"cannot be read ({error.strerror})", REMEDY) from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            row = Row(
+                id=str(data.get("id", number)),
+                kind=str(data.get("kind", "question")),
+                prompt=str(data["prompt"]),
+                answer=str(data["answer"]),
+                image_files=tuple((path.parent / name).resolve() for name in data["image_files"]),
+                boxes=tuple(tuple(box) for box in data.get("boxes", ())),
+                form=str(data.get("form", "")),
+                choices=int(data.get("choices", 0)),
+            )
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            problem = f"line {number} is no row ({type(error).__name__}: {error})"
+            raise EosError("rows", str(path), problem, "give prompt, answer and image_files in every line") from error
+        rows.append(row)
+    return rows

@@ -1,0 +1,59 @@
+"""``python -m eos_vllm.training --out DIRECTORY``: trains the embedded model and writes its files, weights included."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from eos_vllm.core.errors import EosError
+from eos_vllm.models.model_files import prepare_directory
+from eos_vllm.provenance import provenance
+from eos_vllm.training.checkpoint import write_model
+from eos_vllm.training.train import Run, settings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m eos_vllm.training", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="new or empty directory for the model")
+    parser.add_argument("--work", type=Path, default=Path(".cache/embedded-model"), help="checkpoints and log")
+    parser.add_argument("--record", type=Path, default=None, help="file for provenance, settings, times and log")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    else:
+        torch.set_float32_matmul_precision("high")
+    try:
+        prepare_directory(args.out)
+        run = Run(args.work, torch.device(args.device), args.seed)
+        if run.resume():
+            print(f"going on from {run.checkpoint}: stage {run.stage}, step {run.step}", flush=True)
+        try:
+            run.train()
+        except KeyboardInterrupt:
+            run.save()
+            print(f"\nstopped; the same command goes on from {run.checkpoint}", file=sys.stderr)
+            return 130
+        write_model(run.trainee.model, args.out)
+    except EosError as error:
+        print(f"eos-vllm training: {error}", file=sys.stderr)
+        return 2
+    if args.record:
+        log = [json.loads(line) for line in (args.work / "log.jsonl").read_text().splitlines()]
+        record = {
+            "provenance": provenance(seed=args.seed, device=args.device, threads=torch.get_num_threads()),
+            "stages": settings(),
+            "seconds": {name: round(value, 1) for name, value in run.seconds.items()},
+            "log": log,
+        }
+        args.record.parent.mkdir(parents=True, exist_ok=True)
+        args.record.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

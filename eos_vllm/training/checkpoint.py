@@ -1,0 +1,43 @@
+"""The trained model as files under the published tensor names, weights in float16."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from eos_vllm.cluttervqa import WORDS
+from eos_vllm.models.embedded import SHAPE
+from eos_vllm.models.model_files import write_model_files
+from eos_vllm.models.tiny import tensor_shapes
+
+_RENAMES = (
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
+
+def published_name(name: str) -> str:
+    """Name of a tensor in the published llava-hf checkpoints, from its name in transformers."""
+    for ours, theirs in _RENAMES:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def write_model(model: Any, directory: Path) -> None:
+    """Writes every file of the embedded model to an existing directory.
+
+    Raises:
+        RuntimeError: the model has other tensors than the shape says.
+    """
+    tensors = {published_name(name): value.to(torch.float16) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if found != tensor_shapes(SHAPE):
+        odd = sorted(found.items() ^ tensor_shapes(SHAPE).items())[0]
+        raise RuntimeError(f"the trained model is not of the embedded shape: {odd}")
+    write_model_files(SHAPE, directory, WORDS)
+    contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    (directory / "model.safetensors").write_bytes(save(contiguous, metadata={"format": "pt"}))

@@ -1,0 +1,216 @@
+"""Trains the embedded model in stages and writes it: ``python -m eos_vllm.training --out DIRECTORY``.
+
+Each stage starts with a fresh optimizer, warm-up and cosine decay. A run that is stopped goes on from its last
+checkpoint; batches depend on stage and step only, so that it sees the same data as one that never stopped.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from eos_vllm.cluttervqa import KINDS, make_sample
+from eos_vllm.training.batches import QUESTIONS, Batch, Part, collate, loader
+from eos_vllm.training.network import SHALLOW, Trainee, build, grow
+
+_WARM_UP = 60
+_LOG_EVERY = 20
+_CHECKPOINT_EVERY = 100
+_VALIDATION_IMAGES = 96
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: depth of the language model (0 trains the tower alone), what a step sees, and how fast it learns.
+
+    ``blind`` is the share of steps in which text does not see the image in the first layers.
+    """
+
+    name: str
+    layers: int
+    steps: int
+    rate: float
+    final_rate: float
+    parts: tuple[Part, ...]
+    blind: float = 0.0
+    clip: float = 1.0
+
+
+STAGES = (
+    Stage("tower", 0, 600, 3e-3, 5e-4, (Part(2, 48, False),)),
+    Stage("shallow", SHALLOW, 2200, 1.5e-3, 5e-4, (Part(2, 20),)),
+    Stage("grown", 8, 900, 1.3e-3, 8e-4, (Part(2, 14), Part(3, 5), Part(2, 8, False)), 0.4, 2.0),
+    Stage("full", 8, 1500, 1.1e-3, 1e-5, (Part(2, 12), Part(4, 7)), 0.4, 2.0),
+)
+
+
+class Run:
+    """State of a training run: model, stage, step, and where it is kept."""
+
+    def __init__(self, folder: Path, device: torch.device, seed: int, stages: Sequence[Stage] = STAGES) -> None:
+        self.folder, self.device, self.seed, self.stages = folder, device, seed, tuple(stages)
+        self.stage = self.step = 0
+        self.seconds: dict[str, float] = {}
+        torch.manual_seed(seed)
+        self.trainee = Trainee(build(SHALLOW)).to(device)
+        self.optimizer = self._optimizer()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoint(self) -> Path:
+        """File of the latest state."""
+        return self.folder / "checkpoint.pt"
+
+    def resume(self) -> bool:
+        """Goes on from the checkpoint, if there is one."""
+        if not self.checkpoint.exists():
+            return False
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+        if state["depth"] != self.trainee.depth:
+            self.trainee = Trainee(grow(self.trainee.model), self.trainee.heads).to(self.device)
+        self.trainee.load_state_dict(state["trainee"])
+        self.optimizer = self._optimizer()
+        if state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        return True
+
+    def save(self, path: Path | None = None) -> None:
+        """Writes the state, whole or not at all."""
+        path = path or self.checkpoint
+        state = {
+            "stage": self.stage,
+            "step": self.step,
+            "seconds": self.seconds,
+            "depth": self.trainee.depth,
+            "trainee": self.trainee.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.step else None,
+        }
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def train(self) -> None:
+        """Runs every stage that is left."""
+        while self.stage < len(self.stages):
+            stage = self.stages[self.stage]
+            if stage.layers > self.trainee.depth:
+                torch.manual_seed(self.seed + 1)
+                self.trainee = Trainee(grow(self.trainee.model), self.trainee.heads).to(self.device)
+            if self.step == 0:
+                self.optimizer = self._optimizer()
+            self._train_stage(stage)
+            self.stage, self.step = self.stage + 1, 0
+            self.save()
+            self.save(self.folder / f"after-{stage.name}.pt")
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        matrices = [p for p in self.trainee.parameters() if p.ndim > 1]
+        others = [p for p in self.trainee.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.97), fused=True)
+
+    def _train_stage(self, stage: Stage) -> None:
+        bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, smoothing=0.05)
+        meter = Meter()
+        begun = time.monotonic() - self.seconds.get(stage.name, 0.0)
+        for parts in loader(self.stage, stage.parts, self.step, stage.steps):
+            self._one_step(stage, [part.to(self.device) for part in parts], meter)
+            self.step += 1
+            self.seconds[stage.name] = time.monotonic() - begun
+            bar.update()
+            if self.step % _LOG_EVERY == 0 or self.step == stage.steps:
+                record = {"stage": stage.name, "step": self.step, "seconds": round(self.seconds[stage.name], 1)}
+                record |= meter.flush()
+                bar.set_postfix_str(" ".join(f"{k[:4]} {v:.2f}" for k, v in record.items() if isinstance(v, float)))
+                self._log(record)
+            if self.step % _CHECKPOINT_EVERY == 0:
+                self.save()
+        bar.close()
+        if stage.layers:
+            self._log({"stage": stage.name, "validation": validate(self.trainee, self.device)})
+
+    def _one_step(self, stage: Stage, parts: list[Batch], meter: "Meter") -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(stage, self.step)
+        # Which steps are blind is a function of the step, as the data is.
+        blind = (self.step * 0.6180339887) % 1.0 < stage.blind
+        asking = sum(part.images for part in stage.parts if part.questions)
+        everything = sum(part.images for part in stage.parts)
+        for part, batch in zip(stage.parts, parts, strict=True):
+            questions = part.questions and stage.layers > 0
+            losses, right = self.trainee(batch, questions, blind)
+            share = {name: part.images / (everything if name in _TOWER_LOSSES else asking) for name in losses}
+            torch.stack([share[name] * loss for name, loss in losses.items()]).sum().backward()
+            meter.add({name: share[name] * loss.detach() for name, loss in losses.items()}, batch, right)
+        torch.nn.utils.clip_grad_norm_(self.trainee.parameters(), stage.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        meter.steps += 1
+
+    def _log(self, record: dict[str, Any]) -> None:
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if "validation" in record:
+            tqdm.write(f"{record['stage']}: " + ", ".join(f"{k} {v:.3f}" for k, v in record["validation"].items()))
+
+
+_TOWER_LOSSES = ("colour", "kind", "middle", "place")
+
+
+class Meter:
+    """Mean losses, and accuracy per kind, since it was last read."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._losses: dict[str, torch.Tensor] = {}
+        self._right = torch.zeros(len(KINDS))
+        self._asked = torch.zeros(len(KINDS))
+
+    def add(self, losses: dict[str, torch.Tensor], batch: Batch, right: torch.Tensor | None) -> None:
+        """Adds one part of a step."""
+        for name, loss in losses.items():
+            self._losses[name] = self._losses.get(name, torch.zeros(())) + loss.cpu()
+        if right is not None:
+            kind = batch.kind.cpu()
+            self._right.index_add_(0, kind, right.float().cpu())
+            self._asked.index_add_(0, kind, torch.ones(len(kind)))
+
+    def flush(self) -> dict[str, float]:
+        """The means, by name of loss and of kind; starts anew."""
+        found = {name: round(float(loss) / max(self.steps, 1), 4) for name, loss in self._losses.items()}
+        for kind, right, asked in zip(KINDS, self._right.tolist(), self._asked.tolist(), strict=True):
+            if asked:
+                found[kind] = round(right / asked, 4)
+        self.__init__()  # type: ignore[misc]
+        return found
+
+
+def rate(stage: Stage, step: int) -> float:
+    """Learning rate of a step: linear warm-up, then a cosine down to ``final_rate``."""
+    if step < _WARM_UP:
+        return stage.rate * (step + 1) / _WARM_UP
+    done = (step - _WARM_UP) / max(1, stage.steps - _WARM_UP)
+    return stage.final_rate + (stage.rate - stage.final_rate) * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def validate(trainee: Trainee, device: torch.device, images: int = _VALIDATION_IMAGES) -> dict[str, float]:
+    """Accuracy per kind on whole frames of the validation split, and their mean."""
+    meter = Meter()
+    for start in range(0, images, 8):
+        batch = collate([make_sample("validation", i, QUESTIONS) for i in range(start, min(start + 8, images))])
+        batch = batch.to(device)
+        meter.add({}, batch, trainee(batch)[1])
+    found = meter.flush()
+    return found | {"mean": sum(found.values()) / len(found)}
+
+
+def settings(stages: Sequence[Stage] = STAGES) -> list[dict[str, Any]]:
+    """The stages as plain data, for the model card and raw results."""
+    return [asdict(stage) for stage in stages]
