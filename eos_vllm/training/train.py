@@ -45,8 +45,8 @@ class Stage:
 STAGES = (
     Stage("tower", 0, 600, 3e-3, 5e-4, (Part(2, 48, False),)),
     Stage("shallow", SHALLOW, 2200, 1.5e-3, 5e-4, (Part(2, 20),)),
-    Stage("grown", 8, 500, 1.3e-3, 8e-4, (Part(2, 14), Part(3, 5), Part(2, 8, False)), 0.4, 2.0),
-    Stage("full", 8, 1100, 1.1e-3, 1e-5, (Part(2, 12), Part(4, 7)), 0.4, 2.0),
+    Stage("grown", 8, 400, 1.3e-3, 8e-4, (Part(2, 14), Part(3, 5), Part(2, 8, False)), 0.4, 2.0),
+    Stage("full", 8, 900, 1.1e-3, 1e-5, (Part(2, 12), Part(4, 7)), 0.4, 2.0),
 )
 
 
