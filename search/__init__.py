@@ -1,1 +1,1 @@
-"""eos-search: the Hugging Face side of eos-vllm. It holds the reference forward pass, and will hold the search."""
+"""eos-search: the Hugging Face side of eos-vllm: the reference forward pass, the search, and its evaluation."""

@@ -6,6 +6,7 @@ cache whose layers differ in length, no paging, no batching. What the server ans
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,32 +85,25 @@ class ReferenceModel:
             Embeddings ``[tokens, d]``, image spans, token ids ``[tokens]``.
         """
         inputs = self.processor(text=prompt, images=list(images) or None, return_tensors="pt")
-        ids = inputs["input_ids"][0]
-        embeddings = self.model.get_input_embeddings()(ids)
-        spans: list[ImageSpan] = []
-        if images:
-            config = self.model.config
-            features = self.model.model.get_image_features(
-                pixel_values=inputs["pixel_values"].to(embeddings.dtype),
-                vision_feature_layer=config.vision_feature_layer,
-                vision_feature_select_strategy=config.vision_feature_select_strategy,
-            ).pooler_output
-            visual = (ids == config.image_token_id).nonzero()[:, 0].tolist()
-            start = 0
-            for feature in features:
-                spans.append(ImageSpan(visual[start], len(feature)))
-                embeddings[visual[start] : visual[start] + len(feature)] = feature.to(embeddings.dtype)
-                start += len(feature)
-        return embeddings, spans, ids
+        ids = inputs["input_ids"][0].to(self.model.device)
+        return (*embed_inputs(self.model, ids, inputs.get("pixel_values")), ids)
 
     @torch.no_grad()
-    def prefill(self, embeddings: torch.Tensor, spans: Sequence[ImageSpan], budget: int | None = None) -> Prefill:
+    def prefill(
+        self,
+        embeddings: torch.Tensor,
+        spans: Sequence[ImageSpan],
+        budget: int | None = None,
+        scores: torch.Tensor | None = None,
+    ) -> Prefill:
         """Runs the prompt through the decoder layers, with a reducer after each active one.
 
         Args:
             embeddings: ``[tokens, d]``.
             spans: the images.
             budget: this request's retain budget.
+            scores: importance of the image's tokens ``[visual tokens]`` in place of attention, for baselines such as
+                random selection; one image only.
         """
         tokens = len(embeddings)
         plan = RequestPlan(tokens, (), ()) if self.planner is None else self.planner.plan(tokens, spans, budget)
@@ -132,23 +126,36 @@ class ReferenceModel:
             query, key = rotated_queries_and_keys(layer, hidden, rotary)
             params = self.planner.profile.operator_params(reducer)
             scale = layer.self_attn.scaling
-            hidden, source = reduce_tokens(out, query, key, layout.steps[reducer], weights, params, scale)
+            step, instead = layout.steps[reducer], None
+            if scores is not None and step.groups:
+                group = step.groups[0]
+                left = positions[group.first_visual : group.first_visual + group.total] - spans[0].start
+                instead = partial(_first, scores[left].unsqueeze(0))
+            hidden, source = reduce_tokens(out, query, key, step, weights, params, scale, instead)
             positions = positions[source]
             kept.append(positions)
         return Prefill(plan, self.decoder.norm(hidden), kept, cache)
 
     @torch.no_grad()
     def generate(
-        self, prompt: str, images: Sequence[Image.Image] = (), max_tokens: int = 32, budget: int | None = None
+        self,
+        prompt: str,
+        images: Sequence[Image.Image] = (),
+        max_tokens: int = 32,
+        budget: int | None = None,
+        scores: torch.Tensor | None = None,
+        stop: int | None = None,
     ) -> Generation:
-        """Answers greedily, ``max_tokens`` tokens; decode positions go on from the unreduced prompt."""
+        """Answers greedily, ``max_tokens`` tokens or up to ``stop``; positions go on from the unreduced prompt."""
         embeddings, spans, _ = self.embed(prompt, images)
-        state = self.prefill(embeddings, spans, budget)
+        state = self.prefill(embeddings, spans, budget, scores)
         hidden, ids, logprobs = state.hidden[-1:], [], []
         for step in range(max_tokens):
             logits = self.model.lm_head(hidden)[0].float()
             logprobs.append(logits.log_softmax(dim=-1))
             ids.append(int(logits.argmax()))
+            if ids[-1] == stop:
+                break
             if step + 1 < max_tokens:
                 hidden = self._decode(ids[-1], len(embeddings) + step, state.cache)
         return Generation(ids, torch.stack(logprobs), state)
@@ -160,6 +167,39 @@ class ReferenceModel:
         for layer in self.decoder.layers:
             hidden = layer(hidden, position_embeddings=rotary, past_key_values=cache, use_cache=True)
         return self.decoder.norm(hidden)[0]
+
+
+@torch.no_grad()
+def embed_inputs(
+    model: Any, ids: torch.Tensor, pixel_values: torch.Tensor | None
+) -> tuple[torch.Tensor, list[ImageSpan]]:
+    """Embeddings ``[tokens, d]`` that enter decoder layer 0, and the image spans.
+
+    Args:
+        model: a Hugging Face LLaVA.
+        ids: token ids ``[tokens]``, image tokens expanded, on the model's device.
+        pixel_values: processed images ``[images, 3, height, width]`` in prompt order; None for text only.
+    """
+    embeddings = model.get_input_embeddings()(ids)
+    spans: list[ImageSpan] = []
+    if pixel_values is not None:
+        config = model.config
+        features = model.model.get_image_features(
+            pixel_values=pixel_values.to(embeddings.device, embeddings.dtype),
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        ).pooler_output
+        visual = (ids == config.image_token_id).nonzero()[:, 0].tolist()
+        start = 0
+        for feature in features:
+            spans.append(ImageSpan(visual[start], len(feature)))
+            embeddings[visual[start] : visual[start] + len(feature)] = feature.to(embeddings.dtype)
+            start += len(feature)
+    return embeddings, spans
+
+
+def _first(given: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return given
 
 
 def rotated_queries_and_keys(

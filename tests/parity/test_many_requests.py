@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.engines import BlockWatch, engine, free_blocks, mixed_asks, params_of, prompt_of, scheduler_of
 from support.profiles import make_profile
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
+
 from eos_search.reference import ReferenceModel
+from eos_vllm.models.images import sample_image
 from support.engines import Ask, BlockWatch, answer_all, engine, free_blocks, mixed_asks, scheduler_of
 from support.profiles import make_profile
-
-from eos_vllm.models.images import sample_image
 
 PROFILES = {
     "all-parameters-final-relevant": make_profile(

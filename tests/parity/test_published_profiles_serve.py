@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from eos_search.reference import ReferenceModel
-from support.engines import Ask, BlockWatch, answer_all, engine, scheduler_of
 
+from eos_search.reference import ReferenceModel
 from eos_vllm import profiles
 from eos_vllm.models.images import sample_image
 from eos_vllm.models.tiny import write_tiny_model
+from support.engines import Ask, BlockWatch, answer_all, engine, scheduler_of
 
 
 @pytest.fixture(scope="module")

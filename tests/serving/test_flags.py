@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.profiles import make_profile
 
 from eos_vllm.cli.server_process import vllm_command
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.models.tiny import write_tiny_model
+from support.profiles import make_profile
 
 BASE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
 

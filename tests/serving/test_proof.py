@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engines import engine
-from support.profiles import make_profile
 
 from eos_vllm.core.plan import RequestPlan
+from support.engines import engine
+from support.profiles import make_profile
 
 
 def start(model: Path) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import openai
 import pytest
-from eos_search.reference import ReferenceModel
-from support.profiles import make_profile
 
+from eos_search.reference import ReferenceModel
 from eos_vllm.cli.demo import counter
 from eos_vllm.cli.server_process import Server, serve
 from eos_vllm.models.images import sample_image, to_data_url
+from support.profiles import make_profile
 
 pytestmark = pytest.mark.serving
 PROFILE = make_profile(operator_values={"gamma": 0.2, "tau": 0.3, "theta": 0.1, "rho": 0.4, "nu": 0.2})

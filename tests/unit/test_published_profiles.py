@@ -18,7 +18,10 @@ from eos_vllm.models.geometry import geometry
 
 ALL = [
     "embedded-eos",
+    "embedded-fastv",
+    "embedded-pool",
     "embedded-sparsevlm-v2",
+    "embedded-tome-style",
     "eos-llava-1.5-7b",
     "fastv-llava-1.5-7b",
     "pool-llava-1.5-7b",
@@ -112,13 +115,26 @@ def test_pruning_methods_prune(name: str) -> None:
     assert all(profile.operator_params(i).is_identity for i in range(len(profile.reducers)))
 
 
-@pytest.mark.parametrize(("name", "corner"), [("tome-style", corners.merge), ("pool", corners.pool)])
-def test_merge_and_pool_are_their_corners(name: str, corner: type) -> None:
-    profile = profiles.load(f"{name}-llava-1.5-7b")
+@pytest.mark.parametrize(
+    "name", ["tome-style-llava-1.5-7b", "pool-llava-1.5-7b", "embedded-tome-style", "embedded-pool"]
+)
+def test_merge_and_pool_are_their_corners(name: str) -> None:
+    corner = corners.pool if "pool" in name else corners.merge
+    profile = profiles.load(name)
     anchors, discards, scores = gaussian_tokens(42)
     for index in range(len(profile.reducers)):
         out = unified_operator(anchors, discards, scores, profile.operator_params(index))
         assert float((out - corner(anchors, discards, scores)).abs().max()) <= 2e-6
+
+
+def test_the_embedded_baselines_differ_in_the_operator_or_the_choice_alone() -> None:
+    pruning, fastv = profiles.load("embedded-sparsevlm-v2"), profiles.load("embedded-fastv")
+    for name in ("embedded-tome-style", "embedded-pool"):
+        profile = profiles.load(name)
+        assert (profile.layers, profile.importance) == (pruning.layers, pruning.importance)
+        assert all(kept_counts(profile, r) == kept_counts(pruning, r) for r in (16, 32, 64, 96, 128, 192))
+    assert (fastv.layers, fastv.importance.queries) == ((pruning.layers[0],), "last_text")
+    assert [kept_counts(fastv, r) for r in (16, 192)] == [(16,), (192,)]
 
 
 def test_the_embedded_hybrid_uses_every_parameter() -> None:

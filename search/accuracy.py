@@ -1,0 +1,91 @@
+"""Accuracy per kind of question, with bootstrap intervals over images: pure functions of rows and replies."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eos_vllm.cluttervqa import Row, is_right
+
+AVERAGE = "average"
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of right answers (or a difference of two), its 95 % interval, and of how many questions."""
+
+    value: float
+    low: float
+    high: float
+    questions: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+
+def accuracy(rows: Sequence[Row], replies: Sequence[str], seed: int = 0) -> dict[str, Share]:
+    """Accuracy of each kind, and their unweighted mean as ``average``.
+
+    Images are drawn with replacement, not questions: answers about one image are not independent.
+
+    Args:
+        rows: the questions.
+        replies: one for each.
+        seed: of the bootstrap.
+    """
+    return _shares(rows, np.array([is_right(r, row.answer) for r, row in zip(replies, rows, strict=True)], float), seed)
+
+
+def loyalty(rows: Sequence[Row], replies: Sequence[str], stock: Sequence[str], seed: int = 0) -> dict[str, Share]:
+    """Share of replies that are the unreduced model's, right or wrong; as :func:`accuracy`."""
+    same = np.array([is_right(a, b.strip().rstrip(".")) for a, b in zip(replies, stock, strict=True)], float)
+    return _shares(rows, same, seed)
+
+
+def difference(rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str], seed: int = 0) -> dict[str, Share]:
+    """Accuracy of ``ours`` minus that of ``theirs`` on the same questions, paired; as :func:`accuracy`."""
+    marks = [
+        float(is_right(a, row.answer)) - float(is_right(b, row.answer))
+        for row, a, b in zip(rows, ours, theirs, strict=True)
+    ]
+    return _shares(rows, np.array(marks), seed)
+
+
+def chance(rows: Sequence[Row]) -> dict[str, float]:
+    """Accuracy of guessing evenly among the answers that each question admits, per kind and on average.
+
+    Kinds with a row that doesn't say how many answers it admits are left out, and then so is the average.
+    """
+    kinds = sorted({row.kind for row in rows})
+    found = {}
+    for kind in kinds:
+        choices = [row.choices for row in rows if row.kind == kind]
+        if all(choices):
+            found[kind] = float(np.mean([1 / n for n in choices]))
+    if len(found) == len(kinds):
+        found[AVERAGE] = float(np.mean(list(found.values())))
+    return found
+
+
+def _shares(rows: Sequence[Row], marks: np.ndarray, seed: int) -> dict[str, Share]:
+    kinds = sorted({row.kind for row in rows})
+    images = sorted({str(row.image_files) for row in rows})
+    kind_of = np.array([kinds.index(row.kind) for row in rows])
+    where = {image: i for i, image in enumerate(images)}
+    image_of = np.array([where[str(row.image_files)] for row in rows])
+    sums, counts = (np.zeros((len(images), len(kinds))) for _ in range(2))
+    np.add.at(sums, (image_of, kind_of), marks)
+    np.add.at(counts, (image_of, kind_of), 1)
+    draws = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), RESAMPLES)
+    with np.errstate(invalid="ignore"):
+        drawn = (draws @ sums) / (draws @ counts)
+    values = sums.sum(axis=0) / counts.sum(axis=0)
+    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
+    found = {
+        kind: Share(float(values[k]), float(low[k]), float(high[k]), int(counts[:, k].sum()))
+        for k, kind in enumerate(kinds)
+    }
+    mean_low, mean_high = np.nanpercentile(np.nanmean(drawn, axis=1), (2.5, 97.5))
+    found[AVERAGE] = Share(float(values.mean()), float(mean_low), float(mean_high), len(rows))
+    return found

@@ -1,0 +1,179 @@
+"""Who answers in an evaluation: the Hugging Face reference on this machine's cores, or a running server."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from eos_search.selection import SELECTIONS, selection_scores
+from eos_vllm.cluttervqa import Row
+from eos_vllm.core.budget import REQUEST_FIELD
+from eos_vllm.core.errors import EosError
+from eos_vllm.core.profile import Profile
+
+STOCK = "none"
+BLIND = "blind"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a table's cell is about: a profile at a budget, or a yardstick.
+
+    Attributes:
+        name: how tables call it.
+        profile: the profile; None for the unreduced model.
+        budget: retain budget per image; None for the profile's own.
+        selection: who chooses in place of attention: ``random``, ``oracle`` or None.
+        blind: the model is shown another row's image.
+    """
+
+    name: str
+    profile: Profile | None
+    budget: int | None
+    selection: str | None = None
+    blind: bool = False
+
+
+class Answerer(Protocol):
+    """Answers rows in their order."""
+
+    def answer(self, rows: Sequence[Row], case: Case, progress: Callable[[int], Any]) -> list[str]:
+        """Replies to ``rows``; ``progress`` is told how many more are done."""
+
+
+class ReferenceAnswerer:
+    """The reference forward pass in processes of one thread each, greedy, float32."""
+
+    def __init__(self, model: str | Path, max_tokens: int = 8, processes: int | None = None) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.pool = ProcessPoolExecutor(
+            processes or cores,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_load,
+            initargs=(str(model), max_tokens),
+        )
+
+    def answer(self, rows: Sequence[Row], case: Case, progress: Callable[[int], Any]) -> list[str]:
+        """As :class:`Answerer`."""
+        shown = blind_images(rows) if case.blind else [row.image_files for row in rows]
+        replies = []
+        for reply in self.pool.map(partial(_reply, case), rows, shown, chunksize=16):
+            replies.append(reply)
+            progress(1)
+        return replies
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self.pool.shutdown(cancel_futures=True)
+
+
+_WORKER: dict[str, Any] = {}
+
+
+def _load(model: str, max_tokens: int) -> None:
+    """Fills a worker process; the model is loaded once for all cases."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    _WORKER.update(model=loaded, processor=AutoProcessor.from_pretrained(model), max_tokens=max_tokens, profiles={})
+
+
+def _reply(case: Case, row: Row, images: Sequence[Path]) -> str:
+    from eos_search.reference import ReferenceModel
+
+    known, key = _WORKER["profiles"], case.profile and json.dumps(case.profile.to_dict())
+    if key not in known:
+        known[key] = ReferenceModel(_WORKER["model"], _WORKER["processor"], case.profile)
+    reference, tokenizer = known[key], _WORKER["processor"].tokenizer
+    pictures = [Image.open(file).convert("RGB") for file in images]
+    scores = None
+    if case.selection in SELECTIONS:
+        vision = _WORKER["model"].config.vision_config
+        scores = selection_scores(case.selection, row, vision.image_size // vision.patch_size, vision.image_size)
+    result = reference.generate(
+        chat_prompt(_WORKER["processor"], row.prompt, len(pictures)),
+        pictures,
+        _WORKER["max_tokens"],
+        case.budget,
+        scores,
+        tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(result.token_ids, skip_special_tokens=True)
+
+
+def chat_prompt(processor: Any, question: str, images: int) -> str:
+    """A question in the model's chat form; the begin token is left to the processor, which writes it itself."""
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return text.removeprefix(processor.tokenizer.bos_token or "")
+
+
+def blind_images(rows: Sequence[Row]) -> list[tuple[Path, ...]]:
+    """For each row the image of the next row with another image."""
+    shown = [row.image_files for row in rows]
+    step = next((i for i, files in enumerate(shown) if files != shown[0]), 0)
+    # Rows of one image follow one another: a shift by the longest run always lands on another image.
+    while step < len(shown) and any(a == b for a, b in zip(shown, shown[step:] + shown[:step], strict=True)):
+        step += 1
+    if step >= len(shown):
+        raise EosError("rows", len(rows), "hold fewer than two images", "evaluate blind on more of them")
+    return shown[step:] + shown[:step]
+
+
+class ServerAnswerer:
+    """A running server with an OpenAI-compatible API; budgets go with each request."""
+
+    def __init__(self, base_url: str, model: str, max_tokens: int = 8, at_once: int = 16) -> None:
+        from openai import OpenAI
+
+        self.client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=2)
+        self.model, self.max_tokens, self.at_once = model, max_tokens, at_once
+
+    def answer(self, rows: Sequence[Row], case: Case, progress: Callable[[int], Any]) -> list[str]:
+        """As :class:`Answerer`.
+
+        Raises:
+            EosError: a selection that a server cannot make.
+        """
+        if case.selection or case.blind:
+            raise EosError("profile", case.name, "is not served", "leave --base-url out to use the reference")
+
+        def ask(row: Row) -> str:
+            reply = self._ask(row, case.budget)
+            progress(1)
+            return reply
+
+        with ThreadPoolExecutor(self.at_once) as pool:
+            return list(pool.map(ask, rows))
+
+    def _ask(self, row: Row, budget: int | None) -> str:
+        from eos_vllm.models.images import to_data_url
+
+        content: list[Any] = [
+            {"type": "image_url", "image_url": {"url": to_data_url(Image.open(file).convert("RGB"))}}
+            for file in row.image_files
+        ]
+        content.append({"type": "text", "text": row.prompt})
+        reply = self.client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": content}],
+            max_tokens=self.max_tokens,
+            temperature=0,
+            extra_body={} if budget is None else {"vllm_xargs": {REQUEST_FIELD: budget}},
+        )
+        return reply.choices[0].message.content or ""
+
+    def close(self) -> None:
+        """Closes connections."""
+        self.client.close()

@@ -1,0 +1,201 @@
+"""A whole search: from settings to the searched profile."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from eos_search.data import Data, load_data
+from eos_search.examples import Encoder
+from eos_search.export import search_provenance, searched_profile, write_json
+from eos_search.frozen import Frozen, load_frozen
+from eos_search.loop import StepResult, StepSampler, Trainer
+from eos_search.objective import Objective
+from eos_search.process import deterministic, leave_signals_to_the_main_process, stop_signals
+from eos_search.relaxed import Relaxation, RelaxedModel
+from eos_search.run_folder import RUN, RunFolder, read_records
+from eos_search.settings import SearchSettings
+from eos_search.space import search_space
+from eos_search.structure import Rules
+from eos_search.task import EncodedRows, ModelTask
+from eos_search.theta import KINDS, Theta
+from eos_vllm.core.errors import SettingError
+from eos_vllm.core.profile import Profile
+from eos_vllm.provenance import provenance
+
+_LINES = 20
+
+
+class Interrupted(KeyboardInterrupt):
+    """A search that was stopped by Ctrl-C or SIGTERM; a checkpoint of ``step`` is there to go on from."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+        self.message = f"stopped before step {step}; go on from there with --resume"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The searched profile, its file, and the record of every step (:func:`eos_search.run_folder.read_records`)."""
+
+    profile: Profile
+    path: Path
+    records: list[dict[str, Any]]
+
+
+def run_search(settings: SearchSettings, resume: bool = False, quiet: bool = False) -> SearchResult:
+    """Searches, and writes ``theta.json``, logs and checkpoints to the output folder.
+
+    Args:
+        settings: all of it.
+        resume: go on from the last checkpoint of the output folder; the result is the same as without the stop.
+        quiet: no progress bar and no lines.
+
+    Raises:
+        SettingError: something in the settings, the data, the model or the output folder is wrong.
+        DivergedError: a loss or gradient is no number.
+        Interrupted: Ctrl-C or SIGTERM came; a checkpoint is written.
+    """
+    accelerator = Accelerator(cpu=settings.device == "cpu")
+    say = _say if accelerator.is_main_process and not quiet else _say_nothing
+    folder = RunFolder(settings.output, accelerator.is_main_process)
+    if resume:
+        folder.check_resumes(settings)
+    else:
+        folder.check_new()
+    if settings.batch_size % accelerator.num_processes:
+        problem = f"it cannot be shared by {accelerator.num_processes} processes"
+        raise SettingError("batch_size", settings.batch_size, problem, "give a multiple of their number")
+    set_seed(settings.seed)
+    with deterministic():
+        frozen = load_frozen(settings, accelerator.device)
+        objective, rules, theta = search_space(settings, frozen.spec)
+        encoder = Encoder(
+            frozen.processor, settings.prompt, settings.answer, frozen.spec.visual_tokens, settings.max_tokens
+        )
+        data = load_data(settings, encoder)
+        for line in data.summary():
+            say(line)
+        if resume:
+            folder.check_data(data)
+        elif accelerator.is_main_process:
+            folder.create(settings, data)
+        accelerator.wait_for_everyone()
+        return _search(_Ready(settings, accelerator, folder, frozen, objective, rules, theta, data, encoder), say)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    settings: SearchSettings
+    accelerator: Accelerator
+    folder: RunFolder
+    frozen: Frozen
+    objective: Objective
+    rules: Rules
+    theta: Theta
+    data: Data
+    encoder: Encoder
+
+
+def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
+    settings, accelerator, folder = ready.settings, ready.accelerator, ready.folder
+    theta, rules, data = ready.theta, ready.rules, ready.data
+    trainer = Trainer(theta, rules, ready.objective, settings, accelerator)
+    first = folder.load(accelerator)
+    relaxation = Relaxation(
+        settings.boundary_sharpness, "gate" not in settings.frozen, settings.checkpointing, ready.frozen.flash_reference
+    )
+    model = RelaxedModel(ready.frozen.model, rules, relaxation)
+    task = ModelTask(model, ready.objective, rules.model.visual_tokens, settings.cache_mib << 20)
+    sampler = StepSampler(
+        len(data.rows),
+        settings.batch_size,
+        first,
+        settings.steps,
+        settings.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    loader = DataLoader(
+        EncodedRows(ready.data, ready.encoder),
+        batch_sampler=sampler,
+        num_workers=settings.workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
+    if accelerator.is_main_process:
+        started = {"first_step": first, "processes": accelerator.num_processes, **provenance(seed=settings.seed)}
+        write_json(folder.path / RUN, {"search": started, "device": str(accelerator.device)})
+    folder.open(first)
+    skipped = 0
+    try:
+        with stop_signals() as asked, tqdm(total=settings.steps, initial=first, disable=_no_bar(say)) as bar:
+            for step, batch in enumerate(loader, start=first):
+                values = theta().table.detach().T.tolist() if step % settings.log_every == 0 else None
+                result = trainer.step(batch, task, stop=bool(asked))
+                skipped += len(result.skipped)
+                for row, problem in result.skipped:
+                    say(f"step {step}: row {row} skipped: {problem}")
+                folder.record(_record(step, result, values))
+                _show(bar, step, settings.steps, result, say)
+                done = step + 1
+                if result.stop and done < settings.steps:
+                    folder.save(accelerator, done)
+                    raise Interrupted(done)
+                if done % settings.checkpoint_every == 0 or done == settings.steps:
+                    folder.save(accelerator, done)
+    finally:
+        folder.close()
+    if skipped:
+        say(f"{skipped} times a row was skipped because its image could not be decoded")
+    records = read_records(folder.path)
+    profile = searched_profile(theta, rules, settings.name, search_provenance(settings, data, records))
+    if accelerator.is_main_process:
+        write_json(folder.theta, profile.to_dict())
+    return SearchResult(profile, folder.theta, records)
+
+
+def _record(step: int, result: StepResult, values: list[list[float]] | None) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "step": step,
+        "terms": result.terms,
+        "acting": list(result.structure.acting),
+        "counts": list(result.structure.counts),
+    }
+    return record if values is None else record | {"values": dict(zip(KINDS, values, strict=True))}
+
+
+def _show(bar: Any, step: int, steps: int, result: StepResult, say: Callable[[str], None]) -> None:
+    shown = {name: f"{result.terms[name]:.3g}" for name in ("loss", "cross_entropy", "alignment", "budget", "cost")}
+    reducers = zip(result.structure.acting, result.structure.counts, strict=True)
+    shown |= {
+        "n_final": f"{result.terms['n_final']:.1f}",
+        "kept": " ".join(f"{layer}:{count}" for layer, count in reducers) or "all",
+    }
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
+    if bar.disable and (step % max(1, steps // _LINES) == 0 or step + 1 == steps):
+        say(f"step {step + 1}/{steps}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
+
+
+def _as_it_is(batch: list[Any]) -> list[Any]:
+    return batch
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _no_bar(say: Callable[[str], None]) -> bool:
+    return say is _say_nothing or not sys.stderr.isatty()

@@ -1,0 +1,45 @@
+"""`eos-search run`: the search, from a config and flags to ``theta.json``."""
+
+import argparse
+import os
+
+from eos_search.settings import add_flags, given_flags, read_config, read_settings
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the subcommand `run` to the `eos-search` command."""
+    parser = subparsers.add_parser(
+        "run",
+        help="search an operator profile on a frozen LLaVA and write theta.json",
+        description="Search an operator profile on a frozen LLaVA. Settings come from --config, and flags go over it. "
+        "Several GPUs: `accelerate launch -m eos_search.main run ...`.",
+    )
+    parser.add_argument("--config", metavar="NAME|FILE", help="a config of the package (embedded, ...) or a JSON file")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the output folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search; print the reducers and where theta.json is."""
+    settings = read_settings(read_config(args.config) if args.config else {}, given_flags(args))
+    # The data loader's processes fork after the tokenizer was used, which its own threads don't survive.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products need on a GPU
+    from accelerate import PartialState
+
+    from eos_search.run import run_search
+
+    result = run_search(settings, resume=args.resume, quiet=args.quiet)
+    if not PartialState().is_main_process:
+        return 0
+    counts = result.profile.schedules[str(result.profile.budget.tokens)]
+    for reducer, count in zip(result.profile.reducers, counts, strict=True):
+        print(
+            f"layer {reducer.layer:<3} keeps {count:<4} gate {reducer.gate:.3f}  discard {reducer.discard:.3f}  "
+            f"gamma {reducer.gamma:.3f}  tau {reducer.tau:.3f}  theta {reducer.theta:+.3f}  rho {reducer.rho:.3f}  "
+            f"nu {reducer.nu:.3f}"
+        )
+    print(f"wrote {result.path}")
+    return 0

@@ -1,0 +1,62 @@
+"""From settings and a model to what is searched: objective, rules, and the start of Theta."""
+
+from eos_search.objective import Objective
+from eos_search.settings import SearchSettings
+from eos_search.structure import Rules
+from eos_search.theta import Ranges, Theta, default_placement, start_values
+from eos_vllm.core.errors import SettingError
+from eos_vllm.core.profile import ImportanceSpec, ModelSpec, OperatorSpec
+
+
+def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, Rules, Theta]:
+    """Objective, rules and the start of Theta for a model.
+
+    Raises:
+        SettingError: a setting that doesn't fit the model.
+    """
+    depth, visual = spec.num_decoder_layers, spec.visual_tokens
+    if settings.budget > visual:
+        raise SettingError("budget", settings.budget, f"an image has {visual} visual tokens", f"give 1 to {visual}")
+    if settings.minimum > settings.budget:
+        remedy = f"give 1 to {settings.budget}"
+        raise SettingError("minimum", settings.minimum, f"the budget of {settings.budget} is less", remedy)
+    if settings.max_reducers > depth - 1:
+        remedy = f"give 1 to {depth - 1}"
+        problem = f"a model of {depth} layers has {depth - 1} places for reducers"
+        raise SettingError("max_reducers", settings.max_reducers, problem, remedy)
+    layers = settings.align_layers
+    if layers is None:
+        layers = tuple(range(4, depth, 4)) or (depth - 1,)
+    if not layers or min(layers) < 0 or max(layers) >= depth or len(set(layers)) < len(layers):
+        problem, remedy = f"the model has layers 0 to {depth - 1}", "give some of them, each once"
+        raise SettingError("align_layers", list(layers), problem, remedy)
+    if not settings.cross_entropy and settings.lambda_align == 0:
+        remedy = "give lambda_align above 0, or turn cross_entropy on"
+        raise SettingError("cross_entropy", False, "without the alignment nothing is left to learn from", remedy)
+    placement = settings.placement or default_placement(depth, settings.max_reducers)
+    start = start_values(
+        settings.start, depth, visual, settings.budget, settings.max_reducers, placement, settings.budget_measure
+    )
+    theta = Theta.from_values(start, Ranges(settings.gate_scale, settings.discard_scale, settings.epsilon))
+    objective = Objective(
+        budget=settings.budget,
+        max_reducers=settings.max_reducers,
+        visual_tokens=visual,
+        align_layers=layers,
+        align_on=settings.align_on,
+        lambda_align=settings.lambda_align,
+        lambda_budget=settings.lambda_budget,
+        lambda_cost=settings.lambda_cost,
+        cross_entropy=settings.cross_entropy,
+        budget_measure=settings.budget_measure,
+        budget_gates=settings.budget_gates,
+    )
+    rules = Rules(
+        model=spec,
+        importance=ImportanceSpec(queries=settings.queries),
+        operator=OperatorSpec(gate_sharpness=settings.gate_sharpness, norm=settings.norm),
+        max_reducers=settings.max_reducers,
+        gate_threshold=settings.gate_threshold,
+        minimum=settings.minimum,
+    )
+    return objective, rules, theta

@@ -1,0 +1,109 @@
+"""What a point Theta means as a hard reduction: the layers that act, the profile, and the counts of Eq. 11.
+
+The search asks here before every forward pass, and the export asks here in the end: between the two there is no gap.
+"""
+
+from dataclasses import dataclass, field
+
+from eos_search.theta import KINDS, ThetaValues
+from eos_vllm.core.budget import eq11_counts
+from eos_vllm.core.profile import (
+    SCHEMA,
+    Budget,
+    ImportanceSpec,
+    ModelSpec,
+    OperatorSpec,
+    Profile,
+    Reducer,
+    parse_profile,
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the search does not learn.
+
+    Attributes:
+        model: what a profile says about the model.
+        importance: query rule of the scores.
+        operator: gate sharpness (beta) and norm.
+        max_reducers: C, the most reducers that act.
+        gate_threshold: a gate above it acts.
+        minimum: Kmin of Eq. 11.
+    """
+
+    model: ModelSpec
+    importance: ImportanceSpec = field(default_factory=ImportanceSpec)
+    operator: OperatorSpec = field(default_factory=OperatorSpec)
+    max_reducers: int = 3
+    gate_threshold: float = 0.5
+    minimum: int = 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The hard reading of one point Theta.
+
+    Attributes:
+        acting: layers whose gate acts, ascending.
+        counts: visual tokens of an image left after each of them (Eq. 11).
+        profile: the profile that says the same; None where no gate acts.
+        candidates: for each other place, the count that it would leave behind if its gate acted.
+    """
+
+    acting: tuple[int, ...]
+    counts: tuple[int, ...]
+    profile: Profile | None
+    candidates: dict[int, int]
+
+
+def acting_layers(gates: list[float], rules: Rules) -> tuple[int, ...]:
+    """The at most C layers whose gates are above the threshold; the highest gates win, equal ones by lower layer."""
+    above = [layer for layer, gate in enumerate(gates[:-1]) if gate > rules.gate_threshold]
+    return tuple(sorted(sorted(above, key=lambda layer: -gates[layer])[: rules.max_reducers]))
+
+
+def read_structure(values: ThetaValues, rules: Rules) -> Structure:
+    """Reads a point as a hard reduction; the only place where numbers of Theta go to the host."""
+    rows = values.table.detach().tolist()
+    acting = acting_layers([row[0] for row in rows], rules)
+    profile = _profile(rows, acting, rules) if acting else None
+    counts = () if profile is None else eq11_counts(profile)
+    candidates, tokens = {}, rules.model.visual_tokens
+    for layer, row in enumerate(rows[:-1]):
+        if layer in acting:
+            tokens = counts[acting.index(layer)]
+        else:
+            candidates[layer] = _count_if_acting(layer, row, tokens, rules)
+    return Structure(acting, counts, profile, candidates)
+
+
+def _reducer(layer: int, row: list[float]) -> Reducer:
+    return Reducer(layer=layer, **dict(zip(KINDS, row, strict=True)))
+
+
+def _profile(rows: list[list[float]], acting: tuple[int, ...], rules: Rules) -> Profile:
+    """The counts of Eq. 11 are written down as the schedule of the budget that they end in: plans follow them."""
+    data = {
+        "schema": SCHEMA,
+        "name": "search",
+        "model": rules.model.model_dump(),
+        "importance": rules.importance.model_dump(),
+        "operator": rules.operator.model_dump(),
+        "reducers": [_reducer(layer, rows[layer]).model_dump() for layer in acting],
+        "budget": {"measure": "final", "tokens": rules.model.visual_tokens, "minimum": rules.minimum},
+    }
+    counts = eq11_counts(parse_profile(data))
+    data["budget"] = {"measure": "final", "tokens": counts[-1], "minimum": rules.minimum}
+    return parse_profile({**data, "schedules": {str(counts[-1]): list(counts)}})
+
+
+def _count_if_acting(layer: int, row: list[float], tokens: int, rules: Rules) -> int:
+    """Eq. 11 for a gate just above the threshold, where a closed gate would begin to act."""
+    gate = max(row[0], rules.gate_threshold)
+    alone = Profile.model_construct(
+        model=ModelSpec.model_construct(visual_tokens=tokens),
+        reducers=(_reducer(layer, [gate, *row[1:]]),),
+        budget=Budget(tokens=1, minimum=rules.minimum),
+    )
+    return eq11_counts(alone)[0]

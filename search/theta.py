@@ -1,0 +1,192 @@
+"""Theta: seven unconstrained parameters for each decoder layer, their maps to ranges, and the starts (Eq. 9, 10, 2.6).
+
+The numbers are float64: they are few, and what is exported is then to the last bit what the search used.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eos_vllm.core.errors import SettingError
+from eos_vllm.core.profile import BudgetMeasure
+from eos_vllm.core.scaling import scale_layers
+
+Kind = Literal["gate", "discard", "gamma", "tau", "theta", "rho", "nu"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+StartName = Literal["warm", "uniform"]
+
+# The placement of the paper's Table 5 and the model that it belongs to. With fewer reducers the middle one goes first
+# (the paper's Table 9 takes it out), then the earliest.
+_PLACEMENTS = {1: (15,), 2: (2, 15), 3: (2, 6, 15)}
+_PAPER_DEPTH = 32
+# Sigmoids reach 0 only in the limit, where their gradient is 0 too: this stands for the paper's 0.
+NEAR_ZERO = 0.02
+_GATE_ON = 0.95
+_GATE_OFF = 0.05
+_MOST = 0.999
+# Keeps 1 - g c above 0: profiles and Eq. 12 divide by it.
+DISCARD_LIMIT = 1 - 1e-6
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Constants of Eq. 10: factors on the raw gate (Tg) and discard (Tc), and the least temperature (epsilon)."""
+
+    gate_scale: float = 5.0
+    discard_scale: float = 1.0
+    epsilon: float = 1e-4
+
+
+@dataclass(frozen=True)
+class ThetaValues:
+    """Theta mapped to its ranges: ``table`` ``[L, 7]`` float64, a row per layer, columns as in :data:`KINDS`."""
+
+    table: torch.Tensor
+
+    def column(self, kind: Kind) -> torch.Tensor:
+        """One kind of parameter for all layers ``[L]``."""
+        return self.table[:, KINDS.index(kind)]
+
+    @property
+    def gate(self) -> torch.Tensor:
+        return self.column("gate")
+
+    @property
+    def discard(self) -> torch.Tensor:
+        return self.column("discard")
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers of the model, L."""
+        return self.table.shape[0]
+
+
+class Theta(nn.Module):
+    """The search variables: ``raw`` ``[L, 7]``; called, they are mapped to their ranges.
+
+    The last decoder layer has parameters but is no place for a reducer, which would change nothing there: its gate is
+    fixed at 0, so that none of its parameters gets a gradient.
+    """
+
+    def __init__(self, raw: torch.Tensor, ranges: Ranges | None = None) -> None:
+        """``raw`` ``[L, 7]`` are the unconstrained numbers, taken as float64."""
+        super().__init__()
+        self.raw = nn.Parameter(raw.detach().double().clone())
+        self.ranges = ranges or Ranges()
+
+    @classmethod
+    def from_values(cls, values: torch.Tensor, ranges: Ranges | None = None) -> Self:
+        """Theta whose mapped values are ``values`` ``[L, 7]``; 0, 1 and the like are moved inside the open ranges."""
+        ranges = ranges or Ranges()
+        columns = dict(zip(KINDS, values.double().unbind(dim=1), strict=True))
+        inside = {kind: column.clamp(1e-6, 1 - 1e-6) for kind, column in columns.items()}
+        raw = {kind: inside[kind].logit() for kind in ("gamma", "rho", "nu")}
+        raw["gate"] = inside["gate"].logit() / ranges.gate_scale
+        raw["discard"] = inside["discard"].logit() / ranges.discard_scale
+        raw["theta"] = ((columns["theta"] + 1) / 2).clamp(1e-6, 1 - 1e-6).logit()
+        positive = (columns["tau"] - ranges.epsilon).clamp(min=1e-6)
+        raw["tau"] = positive + torch.log(-torch.expm1(-positive))
+        return cls(torch.stack([raw[kind] for kind in KINDS], dim=1), ranges)
+
+    def forward(self) -> ThetaValues:
+        """Eq. 10."""
+        raw = dict(zip(KINDS, self.raw.unbind(dim=1), strict=True))
+        is_place = torch.ones_like(raw["gate"])
+        is_place[-1] = 0.0
+        mapped = {
+            "gate": torch.sigmoid(raw["gate"] * self.ranges.gate_scale) * is_place,
+            "discard": torch.sigmoid(raw["discard"] * self.ranges.discard_scale).clamp(max=DISCARD_LIMIT),
+            "gamma": torch.sigmoid(raw["gamma"]),
+            "tau": F.softplus(raw["tau"]) + self.ranges.epsilon,
+            "theta": 2 * torch.sigmoid(raw["theta"]) - 1,
+            "rho": torch.sigmoid(raw["rho"]),
+            "nu": torch.sigmoid(raw["nu"]),
+        }
+        return ThetaValues(torch.stack([mapped[kind] for kind in KINDS], dim=1))
+
+
+def default_placement(depth: int, max_reducers: int) -> tuple[int, ...]:
+    """Table 5's layers {2, 6, 15} of 32 at the same share of ``depth`` layers; fewer where C is below 3.
+
+    Raises:
+        ProfileError: the model has too few layers.
+    """
+    return scale_layers(_PLACEMENTS[min(max_reducers, len(_PLACEMENTS))], _PAPER_DEPTH, depth)
+
+
+def start_values(
+    name: StartName,
+    depth: int,
+    visual_tokens: int,
+    budget: int,
+    max_reducers: int,
+    placement: Sequence[int],
+    measure: BudgetMeasure = "final",
+) -> torch.Tensor:
+    """Values ``[L, 7]`` that the search starts from.
+
+    ``warm`` is the paper's section 2.6 (active at a known placement, gamma near 0), ``uniform`` its Table 5 (gamma and
+    tau 0.5). theta, rho and nu are 0 in both; rho and nu as near to it as leaves a gradient. The paper gives neither
+    gates nor discards: here the active gates stand at 0.95, all others share what then is left of C (at most 0.05
+    each), and all discards are equal and meet the budget. So the start satisfies both constraints of Eq. 13.
+
+    Args:
+        name: which start.
+        depth: decoder layers L.
+        visual_tokens: N0.
+        budget: B.
+        max_reducers: C.
+        placement: layers active at the start, at most C, ascending, each below L - 1.
+        measure: what B counts: tokens behind the last reducer, or the mean over layers of those that a layer sees.
+
+    Raises:
+        SettingError: a placement that is empty, too long, out of range, or not ascending; a layer average that it
+            cannot reach.
+    """
+    layers, places = list(placement), depth - 1
+    if not 1 <= len(layers) <= max_reducers:
+        problem = f"{len(layers)} layers active at the start, of max_reducers={max_reducers}"
+        raise SettingError("placement", layers, problem, "give at least 1 and at most max_reducers")
+    if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= places:
+        remedy = f"give ascending layers in 0..{places - 1}; behind the last layer nothing is left to reduce"
+        raise SettingError("placement", layers, f"these are no places of a model of {depth} layers", remedy)
+    left = max_reducers - _GATE_ON * len(layers)
+    off = min(_GATE_OFF, left / (places - len(layers))) if places > len(layers) else 0.0
+    if measure == "final":
+        discard = min((1 - (budget / visual_tokens) ** (1 / len(layers))) / _GATE_ON, _MOST)
+    else:
+        discard = _discard_for_average(budget, visual_tokens, depth, layers)
+    gamma = NEAR_ZERO if name == "warm" else 0.5
+    start = {
+        "gate": off,
+        "discard": discard,
+        "gamma": gamma,
+        "tau": 0.5,
+        "theta": 0.0,
+        "rho": NEAR_ZERO,
+        "nu": NEAR_ZERO,
+    }
+    values = torch.tensor([start[kind] for kind in KINDS], dtype=torch.float64).repeat(depth, 1)
+    values[layers, KINDS.index("gate")] = _GATE_ON
+    return values
+
+
+def _discard_for_average(budget: int, visual_tokens: int, depth: int, layers: Sequence[int]) -> float:
+    def average(discard: float) -> float:
+        behind = [sum(layer < index for layer in layers) for index in range(depth)]
+        return visual_tokens * sum((1 - _GATE_ON * discard) ** reducers for reducers in behind) / depth
+
+    if (least := average(_MOST)) > budget:
+        remedy = f"give {math.ceil(least)} or more, an earlier placement, or budget_measure final"
+        problem = f"reducers at {list(layers)} leave a layer average of {least:.1f} at least"
+        raise SettingError("budget", budget, problem, remedy)
+    low, high = 0.0, _MOST
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if average(middle) > budget else (low, middle)
+    return high

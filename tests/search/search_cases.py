@@ -1,0 +1,86 @@
+"""Rows, points Theta and settings for the tests of the search."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from eos_search.examples import Encoder, Prepared, Row, prepare
+from eos_search.settings import SearchSettings, read_settings
+from eos_search.structure import Rules
+from eos_search.theta import KINDS, Theta
+from eos_vllm.core.profile import ImportanceSpec, ModelSpec, OperatorSpec
+from eos_vllm.models.images import sample_image
+
+LAYERS, VISUAL = 6, 36
+PROMPT, ANSWER = "USER: <image>\n{question} ASSISTANT:", " {answer}"
+
+
+@dataclass(frozen=True)
+class MadeImages:
+    """Made-up images, by seed."""
+
+    seeds: tuple[int, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(map(str, self.seeds))
+
+    def problem(self) -> str | None:
+        return None
+
+    def load(self) -> list[Image.Image]:
+        return [sample_image(seed, 24) for seed in self.seeds]
+
+
+def make_row(seed: int = 0, images: int = 1, answer: str = "yes") -> Row:
+    """A row with made-up images."""
+    seeds = tuple(10 * seed + i for i in range(images))
+    return Row(f"row-{seed}", f"Is there a red circle? Number {seed}.", answer, MadeImages(seeds), "made up")
+
+
+def make_rules(queries: Any = "relevant_text", norm: Any = "token", max_reducers: int = 3, **changes: Any) -> Rules:
+    """Rules for the small model."""
+    model = ModelSpec(
+        architecture="LlavaForConditionalGeneration",
+        num_decoder_layers=changes.pop("depth", LAYERS),
+        visual_tokens=changes.pop("visual", VISUAL),
+    )
+    return Rules(model, ImportanceSpec(queries=queries), OperatorSpec(norm=norm), max_reducers, **changes)
+
+
+def make_theta(acting: dict[int, float], depth: int = LAYERS, **values: float) -> Theta:
+    """Theta with gates 0.9 and the given discards at some layers, gates 0.1 elsewhere; ``values`` hold for all."""
+    row = {"gate": 0.1, "discard": 0.4, "gamma": 0.3, "tau": 0.3, "theta": 0.1, "rho": 0.4, "nu": 0.3} | values
+    table = torch.tensor([[row[kind] for kind in KINDS]] * depth, dtype=torch.float64)
+    for layer, discard in acting.items():
+        table[layer, :2] = torch.tensor([0.9, discard])
+    return Theta.from_values(table)
+
+
+def make_example(small: tuple[Any, Any], row: Row, rules: Rules) -> Prepared:
+    """What enters layer 0 for a row."""
+    model, processor = small
+    encoder = Encoder(processor, PROMPT, ANSWER, VISUAL, 4096)
+    return prepare(model, encoder.encode(0, row), rules.importance.queries, VISUAL)  # type: ignore[arg-type]
+
+
+def make_settings(model: Path, output: Path, /, **changes: Any) -> SearchSettings:
+    """A search of few steps on the small model."""
+    config: dict[str, Any] = {
+        "model": str(model),
+        "output": output,
+        "data_format": "cluttervqa",
+        "samples": 10,
+        "budget": 6,
+        "placement": (1, 2, 4),
+        "align_layers": (2, 4),
+        "steps": 6,
+        "batch_size": 2,
+        "learning_rate": 0.05,
+        "log_every": 2,
+        "checkpoint_every": 2,
+    }
+    return read_settings(config | changes)
