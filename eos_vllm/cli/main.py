@@ -23,6 +23,7 @@ COMMANDS = {
         "write a published model's config, processor and tokenizer, to serve its shape with dummy weights",
     ),
     "tiny-model": ("shape_model", "write a small LLaVA with random weights that runs without a GPU"),
+    "cluttervqa": ("cluttervqa", "write images and questions of the embedded model's benchmark as PNG and JSONL"),
     "demo": ("demo", "serve a small model with and without a profile, and compare"),
 }
 _ERROR = 2

@@ -1,0 +1,64 @@
+"""Training batches: what a packed batch says about each question."""
+
+import pytest
+import torch
+
+from eos_vllm.cluttervqa import KINDS, WORDS, make_sample
+from eos_vllm.models.embedded import SHAPE
+from eos_vllm.models.tokenizer import build_tokenizer
+from eos_vllm.training.batches import MIX, QUESTIONS, Part, Steps, collate, encode, prefix_ids
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return [make_sample("train", i, QUESTIONS, 3, MIX) for i in range(4)]
+
+
+def test_answers_and_values_are_single_tokens(samples):
+    batch = collate(samples)
+    questions = [q for s in samples for q in s.questions]
+    tokenizer = build_tokenizer(SHAPE.vocab_size, SHAPE.image_token_id, WORDS)
+    assert [tokenizer.decode([t]).strip() for t in batch.answer] == [q.answer for q in questions]
+    assert [tokenizer.decode([t]).strip() for t in batch.value] == [q.value for q in questions]
+    assert [KINDS[k] for k in batch.kind] == [q.kind for q in questions]
+
+
+def test_each_segment_is_one_question_with_its_answer(samples):
+    batch = collate(samples)
+    tokenizer = build_tokenizer(SHAPE.vocab_size, SHAPE.image_token_id, WORDS)
+    for row, sample in enumerate(samples):
+        for number, question in enumerate(sample.questions):
+            mine = batch.segment[row] == number
+            assert tokenizer.decode(batch.ids[row][mine]) == f"\n{question.text} ASSISTANT: {question.answer}"
+            assert batch.offset[row][mine].tolist() == list(range(int(mine.sum())))
+
+
+def test_answers_come_behind_the_asked_token_and_names_stand_for_their_objects(samples):
+    batch = collate(samples)
+    for (row, place), answer in zip(batch.asked.tolist(), batch.answer.tolist(), strict=True):
+        assert batch.ids[row, place].item() == encode(":")[0]
+        assert batch.ids[row, place + 1].item() == answer
+    for (row, place), centre in zip(batch.named.tolist(), batch.centre.tolist(), strict=True):
+        word = batch.ids[row, place].item()
+        fits = [
+            thing
+            for thing in samples[row].scene.objects
+            if word in (encode(f" {thing.kind}")[0], encode(f" {thing.colour}")[0])
+        ]
+        assert any([c / 96 for c in thing.centre] == pytest.approx(centre) for thing in fits)
+
+
+def test_steps_are_the_same_whenever_they_are_drawn():
+    parts = (Part(2, 2), Part(2, 2), Part(3, 1, False))
+    whole = list(Steps(1, parts, 0, 3))
+    late = next(iter(Steps(1, parts, 2, 3)))
+    for a, b in zip(whole[2], late, strict=True):
+        assert torch.equal(a.pixels, b.pixels)
+        assert torch.equal(a.ids, b.ids)
+    assert not torch.equal(whole[0][0].pixels, whole[0][1].pixels)
+    assert not torch.equal(next(iter(Steps(2, parts, 0, 1)))[0].pixels, whole[0][0].pixels)
+
+
+def test_the_prefix_is_the_chat_templates():
+    tokenizer = build_tokenizer(SHAPE.vocab_size, SHAPE.image_token_id, WORDS)
+    assert tokenizer.decode(list(prefix_ids()), skip_special_tokens=False) == "<s>USER: "

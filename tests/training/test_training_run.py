@@ -1,0 +1,82 @@
+"""A training run in small: it learns, stops, and goes on to the very same weights."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from eos_vllm.training import train
+from eos_vllm.training.__main__ import main
+from eos_vllm.training.batches import Part
+from eos_vllm.training.train import Run, Stage, rate
+
+STAGES = (
+    Stage("tower", 0, 3, 3e-3, 5e-4, (Part(2, 4, False),)),
+    Stage("shallow", 4, 3, 1e-3, 5e-4, (Part(2, 2),)),
+    Stage("full", 8, 4, 1e-3, 1e-5, (Part(2, 2), Part(2, 1, False)), 0.5),
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(train, "validate", lambda *_: {"mean": 0.0})
+
+
+def weights(run):
+    return {name: value.clone() for name, value in run.trainee.state_dict().items()}
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    whole = Run(tmp_path / "whole", CPU, 0, STAGES)
+    whole.train()
+    monkeypatch.setattr(train, "_CHECKPOINT_EVERY", 2)
+    broken = Run(tmp_path / "broken", CPU, 0, STAGES)
+    step = broken._one_step
+
+    def interrupted(stage, *arguments):
+        if stage.name == "full" and broken.step == 3:
+            raise KeyboardInterrupt
+        step(stage, *arguments)
+
+    broken._one_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    again = Run(tmp_path / "broken", CPU, 0, STAGES)
+    assert again.resume()
+    assert (again.stage, again.step) == (2, 2)
+    again.train()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(again)[name]), name
+
+
+def test_losses_fall(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_LOG_EVERY", 5)
+    Run(tmp_path, CPU, 0, (Stage("tower", 0, 40, 3e-3, 1e-3, (Part(2, 8, False),)),)).train()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["colour"] < 0.8 * log[0]["colour"]
+    assert log[-1]["place"] < 0.5 * log[0]["place"]
+
+
+def test_the_rate_warms_up_and_decays():
+    stage = Stage("x", 8, 500, 1e-3, 1e-5, ())
+    rates = [rate(stage, step) for step in range(500)]
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates.index(max(rates)) in (59, 60)
+    assert rates[0] < 2e-5
+    assert rates[-1] == pytest.approx(1e-5, rel=0.05)
+    assert all(a >= b for a, b in pairwise(rates[60:]))
+
+
+def test_the_command_writes_the_model_and_its_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Run.__init__, "__defaults__", (STAGES,))
+    out, record = tmp_path / "model", tmp_path / "record.json"
+    arguments = ["--out", str(out), "--work", str(tmp_path / "work"), "--record", str(record), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["training", *arguments])
+    assert main() == 0
+    assert {file.name for file in out.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
+    data = json.loads(record.read_text())
+    assert set(data["seconds"]) == {"tower", "shallow", "full"}
+    assert data["provenance"]["seed"] == 0
+    assert main() == 2  # the folder is not empty any more
