@@ -1,4 +1,5 @@
-# make setup | test | lint | demo | bench | docs | clean
+# make setup | test | lint | demo | docs | clean
+# make embedded-model | accuracy | search | bench | loadtest | bench-smoke | soak
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
@@ -21,7 +22,7 @@ TESTS := $(filter-out tests/serving tests/__pycache__,$(patsubst %/,%,$(sort $(w
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: setup test lint demo bench docs clean
+.PHONY: setup test lint demo embedded-model accuracy search bench loadtest bench-smoke soak docs clean
 
 setup: $(READY)
 
@@ -46,8 +47,42 @@ lint: setup
 demo: setup
 	$(BIN)/eos-vllm demo
 
+# Trains the embedded model from nothing (an hour on two cores; less with a GPU), marks it, and writes its card.
+# What was stopped goes on from its checkpoint in .cache/embedded-model.
+embedded-model: setup
+	rm -rf .cache/embedded-files
+	$(BIN)/python -m eos_vllm.training --out .cache/embedded-files --record results/embedded-training.json
+	rm -rf eos_vllm/models/embedded/files && mv .cache/embedded-files eos_vllm/models/embedded/files
+	rm -f results/embedded-heldout.json
+	$(BIN)/eos-search evaluate --profiles none,blind --images 3600 --per-kind 2000 --out results/embedded-heldout.json
+	$(BIN)/python -m eos_vllm.training.card
+
+# Accuracy against the retain budget: measures what results/embedded-accuracy.json doesn't hold yet, and draws it.
+ACCURACY := none,random,oracle,embedded-fastv,embedded-sparsevlm-v2,embedded-tome-style,embedded-pool,embedded-eos
+accuracy: setup
+	$(BIN)/eos-search evaluate --profiles $(ACCURACY) --images 480 --per-kind 300 --out results/embedded-accuracy.json \
+		--figure docs/embedded-accuracy.png --page docs/accuracy.md
+
+# Searches a profile on the embedded model; what was stopped goes on with --resume.
+search: setup
+	$(BIN)/eos-search run --config embedded
+
 bench: setup
 	$(BIN)/python benchmarks/throughput.py
+
+# Stock against eos over HTTP, half an hour on two cores; what was stopped goes on where it was.
+LOADTEST ?= results/loadtest-cpu
+loadtest: setup
+	$(BIN)/python -m loadtests.sweep --out $(LOADTEST)
+	$(BIN)/python -m loadtests.report $(LOADTEST)
+
+# Minutes; fails when eos at budget 64 falls below the committed floor (loadtests/floor.json).
+bench-smoke: setup
+	$(BIN)/python -m loadtests.guard
+
+# Half an hour of saturation with aborted streams and broken requests.
+soak: setup
+	$(BIN)/python -m loadtests.soak --minutes 30 --out results/soak-cpu.json
 
 docs: setup
 	$(BIN)/eos-vllm profile schema > docs/eos-profile-1.schema.json.new

@@ -1,0 +1,124 @@
+"""What is kept of each request, in locust's process and in the raw results."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from loadtests.client import Reply
+from loadtests.questions import is_right
+from loadtests.scenarios import Ask
+
+_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Record:
+    """One request, as it went. Times are seconds; ``started`` counts from the run's start, the others from ``started``.
+
+    Attributes:
+        number: place in the run's plan.
+        scenario: kind of its visit.
+        budget: retain budget that it named.
+        images: images sent with it, those of earlier turns included.
+        repeats: how many of them the run had sent before.
+        started: when it was sent.
+        late: how much later that was than an open loop wanted it.
+        end: when it was over.
+        times: when each piece of the answer arrived.
+        status: HTTP status.
+        prompt_tokens: by the server's count.
+        tokens_out: by the server's count.
+        finish: reason for the answer's end.
+        cause: of its failure; None where all is well.
+        detail: what the server said of it.
+        aborted: the client left on purpose.
+        fault: what was wrong with it on purpose.
+        right: whether the answer was right, None where nobody knows.
+    """
+
+    number: int
+    scenario: str
+    budget: int | None
+    images: int
+    repeats: int
+    started: float
+    late: float
+    end: float
+    times: tuple[float, ...]
+    status: int | None
+    prompt_tokens: int | None
+    tokens_out: int | None
+    finish: str | None
+    cause: str | None
+    detail: str
+    aborted: bool
+    fault: str | None
+    right: bool | None
+
+    @property
+    def good(self) -> bool:
+        """A request that was meant well, stayed to the end and was answered in full."""
+        return self.cause is None and not self.aborted and self.fault is None
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token."""
+        return self.times[0] if self.times else None
+
+    @property
+    def tpot(self) -> float | None:
+        """Mean time per output token after the first."""
+        if self.tokens_out is None or self.tokens_out < 2 or not self.times:
+            return None
+        return (self.times[-1] - self.times[0]) / (self.tokens_out - 1)
+
+    @property
+    def finished(self) -> float:
+        """When its last token came, on the run's clock."""
+        return self.started + (self.times[-1] if self.times else self.end)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; what is empty is left out."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, "", ())}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Record":
+        """The other way."""
+        empty: dict[str, Any] = {f.name: None for f in fields(cls)} | {"times": (), "detail": ""}
+        return cls(**(empty | values | {"times": tuple(values.get("times", ()))}))
+
+
+def record_of(ask: Ask, reply: Reply, started: float, late: float, images: int, repeats: int) -> Record:
+    """Joins what was asked and what came of it; a broken request has failed if it was not refused as the sender's."""
+    cause = reply.cause
+    if ask.fault is not None:
+        refused = reply.status is not None and 400 <= reply.status < 500
+        cause = None if refused else f"{ask.fault} not refused ({reply.cause or reply.status})"
+    good = cause is None and ask.fault is None and not reply.aborted
+    return Record(
+        number=ask.number,
+        scenario=ask.scenario,
+        budget=ask.budget,
+        images=images,
+        repeats=repeats,
+        started=round(started, _DIGITS),
+        late=round(late, _DIGITS),
+        end=round(reply.end, _DIGITS),
+        times=tuple(round(t, _DIGITS) for t in reply.token_times),
+        status=reply.status,
+        prompt_tokens=reply.prompt_tokens,
+        tokens_out=reply.tokens_out,
+        finish=reply.finish,
+        cause=cause,
+        detail=reply.detail if cause is not None else "",
+        aborted=reply.aborted,
+        fault=ask.fault,
+        right=is_right(reply.text, ask.answer) if good else None,
+    )
+
+
+def read_records(path: Path) -> list[Record]:
+    """Records of a JSONL file, in the order of the run's plan."""
+    records = [Record.from_dict(json.loads(line)) for line in path.read_text().splitlines()]
+    return sorted(records, key=lambda r: r.number)

@@ -1,0 +1,47 @@
+"""Images that look the same and are equal to nothing that a server knows."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eos_vllm.models.images import sample_image
+from loadtests.images import Picture, stamped
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "image.png"
+    sample_image(3, 48).save(path)
+    return path
+
+
+def pixels_of(url: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1]))).convert("RGB")).astype(int)
+
+
+def test_without_a_stamp_the_image_is_as_it_is(file: Path) -> None:
+    assert (pixels_of(Picture(file).data_url()) == np.asarray(Image.open(file))).all()
+
+
+def test_a_stamp_changes_lowest_bits_of_16_pixels_at_most(file: Path) -> None:
+    change = pixels_of(Picture(file, "a/1").data_url()) - np.asarray(Image.open(file)).astype(int)
+    assert 0 < np.abs(change).sum() <= 48
+    assert np.abs(change).max() == 1
+    assert not change[1:].any()
+
+
+def test_stamps_tell_images_apart_and_say_the_same_twice(file: Path) -> None:
+    urls = {Picture(file, f"run/{i}").data_url() for i in range(200)}
+    assert len(urls) == 200
+    assert len({pixels_of(url).tobytes() for url in urls}) == 200
+    assert Picture(file, "run/7").data_url() in urls
+
+
+def test_images_narrower_than_a_stamp() -> None:
+    image = Image.new("RGB", (5, 5))
+    assert stamped(image, "x").tobytes() != stamped(image, "y").tobytes()
+    assert image.tobytes() == bytes(75)
