@@ -1,6 +1,5 @@
 """Who answers in an evaluation: the Hugging Face reference on this machine's cores, or a running server."""
 
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
@@ -44,8 +43,8 @@ class Case:
 class Answerer(Protocol):
     """Answers rows in their order."""
 
-    def answer(self, rows: Sequence[Row], case: Case, progress: Callable[[int], Any]) -> list[str]:
-        """Replies to ``rows``; ``progress`` is told how many more are done."""
+    def answer(self, rows: Sequence[Row], cases: Sequence[Case], progress: Callable[[int], Any]) -> list[list[str]]:
+        """Replies to ``rows`` in each case of one profile; ``progress`` is told how many more are done."""
 
 
 class ReferenceAnswerer:
@@ -60,13 +59,19 @@ class ReferenceAnswerer:
             initargs=(str(model), max_tokens),
         )
 
-    def answer(self, rows: Sequence[Row], case: Case, progress: Callable[[int], Any]) -> list[str]:
-        """As :class:`Answerer`."""
-        shown = blind_images(rows) if case.blind else [row.image_files for row in rows]
-        replies = []
-        for reply in self.pool.map(partial(_reply, case), rows, shown, chunksize=16):
-            replies.append(reply)
-            progress(1)
+    def answer(self, rows: Sequence[Row], cases: Sequence[Case], progress: Callable[[int], Any]) -> list[list[str]]:
+        """As :class:`Answerer`; questions about one image are answered together, which shares most of the work."""
+        shown = blind_images(rows) if any(case.blind for case in cases) else [row.image_files for row in rows]
+        places: dict[tuple[Path, ...], list[int]] = {}
+        for i, images in enumerate(shown):
+            places.setdefault(images, []).append(i)
+        jobs = [(images, [rows[i] for i in wanted]) for images, wanted in places.items()]
+        replies = [[""] * len(rows) for _ in cases]
+        for wanted, answers in zip(places.values(), self.pool.map(partial(_replies, cases), jobs), strict=True):
+            for found, per_case in zip(answers, replies, strict=True):
+                for i, reply in zip(wanted, found, strict=True):
+                    per_case[i] = reply
+            progress(len(wanted) * len(cases))
         return replies
 
     def close(self) -> None:
@@ -86,30 +91,40 @@ def _load(model: str, max_tokens: int) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
-    _WORKER.update(model=loaded, processor=AutoProcessor.from_pretrained(model), max_tokens=max_tokens, profiles={})
+    _WORKER.update(model=loaded, processor=AutoProcessor.from_pretrained(model), max_tokens=max_tokens)
 
 
-def _reply(case: Case, row: Row, images: Sequence[Path]) -> str:
+def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -> list[list[str]]:
+    """Replies to all questions about the images of a job, in each case."""
     from eos_search.reference import ReferenceModel
 
-    known, key = _WORKER["profiles"], case.profile and json.dumps(case.profile.to_dict())
-    if key not in known:
-        known[key] = ReferenceModel(_WORKER["model"], _WORKER["processor"], case.profile)
-    reference, tokenizer = known[key], _WORKER["processor"].tokenizer
+    images, rows = job
     pictures = [Image.open(file).convert("RGB") for file in images]
-    scores = None
-    if case.selection in SELECTIONS:
-        vision = _WORKER["model"].config.vision_config
-        scores = selection_scores(case.selection, row, vision.image_size // vision.patch_size, vision.image_size)
-    result = reference.generate(
-        chat_prompt(_WORKER["processor"], row.prompt, len(pictures)),
-        pictures,
-        _WORKER["max_tokens"],
-        case.budget,
-        scores,
-        tokenizer.eos_token_id,
-    )
-    return tokenizer.decode(result.token_ids, skip_special_tokens=True)
+    processor, max_tokens = _WORKER["processor"], _WORKER["max_tokens"]
+    tokenizer = processor.tokenizer
+    reference = ReferenceModel(_WORKER["model"], processor, cases[0].profile)
+    before = shared = None
+    replies: list[list[str]] = [[] for _ in cases]
+    for row in rows:
+        prompt = chat_prompt(processor, row.prompt, len(pictures))
+        if before is None:
+            embeddings, spans, _ = reference.embed(prompt, pictures)
+            if len(spans) == 1:
+                before = embeddings[: spans[0].start + spans[0].length]
+                shared = reference.share(before)
+        else:
+            embeddings = reference.behind(before, prompt)
+        for case, found in zip(cases, replies, strict=True):
+            scores = None
+            if case.selection in SELECTIONS:
+                vision = _WORKER["model"].config.vision_config
+                scores = selection_scores(
+                    case.selection, row, vision.image_size // vision.patch_size, vision.image_size
+                )
+            state = reference.prefill(embeddings, spans, case.budget, scores, shared)
+            ids = reference.answer(state, len(embeddings), max_tokens, tokenizer.eos_token_id).token_ids
+            found.append(tokenizer.decode(ids, skip_special_tokens=True))
+    return replies
 
 
 def chat_prompt(processor: Any, question: str, images: int) -> str:
@@ -140,22 +155,23 @@ class ServerAnswerer:
         self.client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=2)
         self.model, self.max_tokens, self.at_once = model, max_tokens, at_once
 
-    def answer(self, rows: Sequence[Row], case: Case, progress: Callable[[int], Any]) -> list[str]:
+    def answer(self, rows: Sequence[Row], cases: Sequence[Case], progress: Callable[[int], Any]) -> list[list[str]]:
         """As :class:`Answerer`.
 
         Raises:
             EosError: a selection that a server cannot make.
         """
-        if case.selection or case.blind:
-            raise EosError("profile", case.name, "is not served", "leave --base-url out to use the reference")
+        for case in cases:
+            if case.selection or case.blind:
+                raise EosError("profile", case.name, "is not served", "leave --base-url out to use the reference")
 
-        def ask(row: Row) -> str:
+        def ask(case: Case, row: Row) -> str:
             reply = self._ask(row, case.budget)
             progress(1)
             return reply
 
         with ThreadPoolExecutor(self.at_once) as pool:
-            return list(pool.map(ask, rows))
+            return [list(pool.map(partial(ask, case), rows)) for case in cases]
 
     def _ask(self, row: Row, budget: int | None) -> str:
         from eos_vllm.models.images import to_data_url

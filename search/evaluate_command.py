@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from eos_search.accuracy import chance, difference
-from eos_search.answerers import Case, ReferenceAnswerer, ServerAnswerer
+from eos_search.accuracy_page import accuracy_page
+from eos_search.answerers import ReferenceAnswerer, ServerAnswerer
 from eos_search.evaluation import cases, evaluate, read_result, table
 from eos_vllm.cluttervqa import SPLITS, Row, export, read_rows
 from eos_vllm.core.budget import parse_budget
@@ -40,11 +41,16 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, default=None, help="raw result; a stopped evaluation goes on from it")
     parser.add_argument("--table", type=Path, default=None, help="print the tables of this result, and ask nothing")
     parser.add_argument("--figure", type=Path, default=None, help="draw accuracy against budget to this PNG")
+    parser.add_argument("--page", type=Path, default=None, help="write tables and text to this Markdown file")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, or draws what was evaluated."""
+    if args.page and not (args.figure and (args.table or args.out)):
+        raise EosError(
+            "--page", str(args.page), "lacks its figure or its raw result", "give --figure, and --out or --table"
+        )
     result = read_result(args.table) if args.table else measure(args)
     kinds = list(result["cases"][0]["accuracy"])
     print("\n\n".join(table(result, kind) for kind in [kinds[-1], *kinds[:-1]]))
@@ -54,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
         from eos_search.figures import accuracy_figure
 
         accuracy_figure(result, args.figure)
+    if args.page:
+        source, figure = args.table or args.out, args.figure.name if args.figure else ""
+        args.page.write_text(accuracy_page(result, str(source), figure), encoding="utf-8")
     return 0
 
 
@@ -62,7 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from eos_vllm.provenance import provenance
 
     budgets = [None] if args.budgets == "own" else [parse_budget(b, "--budgets") for b in args.budgets.split(",")]
-    wanted = cases(args.profiles.split(","), budgets)
+    wanted = cases([name.strip() for name in args.profiles.split(",")], budgets)
     with tempfile.TemporaryDirectory(prefix="eos-rows-") as folder:
         file = args.rows or export(folder, args.split, args.images)
         rows = limit(read_rows(file), args.per_kind)
@@ -89,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         answerer = answerer_for(args)
         try:
             with tqdm(total=len(rows) * len(wanted), unit="question") as bar:
-                evaluate(answerer, rows, wanted, lambda case: _told(bar, case), done, keep)
+                evaluate(answerer, rows, wanted, lambda name: _told(bar, name), done, keep)
         finally:
             answerer.close()
     return result
@@ -156,6 +165,6 @@ def differences(result: dict[str, Any], against: str) -> str:
     return "\n".join(lines)
 
 
-def _told(bar: Any, case: Case) -> Any:
-    bar.set_description(f"{case.name} {case.budget or ''}")
+def _told(bar: Any, name: str) -> Any:
+    bar.set_description(name)
     return bar.update

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +15,32 @@ from eos_vllm.cluttervqa import Row
 from eos_vllm.core.budget import kept_counts, layer_average
 from eos_vllm.core.errors import EosError
 
-# Selections have no counts of their own: they take those of this profile, so that they differ in the choice alone.
-COUNTS_OF = "embedded-sparsevlm-v2"
 
-
-def cases(names: Sequence[str], budgets: Sequence[int | None], counts_of: str = COUNTS_OF) -> list[Case]:
+def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
     """Every named profile at every budget; ``none`` and ``blind`` once, since they reduce nothing.
 
     Args:
         names: paths or names of profiles, ``none`` for the unreduced model, ``blind`` for that with other images,
-            ``random`` and ``oracle`` for those selections.
+            ``random@PROFILE`` and ``oracle@PROFILE`` for those selections in place of the profile's own choice: they
+            have its reducers and counts, and differ in the choice alone.
         budgets: retain budgets per image; None for each profile's own.
-        counts_of: profile whose reducers and counts the selections take.
 
     Raises:
-        ProfileError, BudgetError: a profile or a budget that cannot be.
+        EosError: a selection, a profile or a budget that cannot be.
     """
     found: list[Case] = []
     for name in names:
         if name in (STOCK, BLIND):
             found.append(Case(name, None, None, blind=name == BLIND))
             continue
-        selection = name if name in SELECTIONS else None
-        profile = profiles.resolve(counts_of if selection else name)
+        selection, _, source = name.rpartition("@")
+        if selection and selection not in SELECTIONS:
+            raise EosError("profiles", name, "names no selection", f"choose {' or '.join(SELECTIONS)} before the @")
+        profile = profiles.resolve(source)
         for budget in budgets:
             kept_counts(profile, budget)
-            found.append(Case(selection or profile.name, profile, budget, selection))
+            label = f"{selection}@{profile.name}" if selection else profile.name
+            found.append(Case(label, profile, budget, selection or None))
     return found
 
 
@@ -47,7 +48,7 @@ def evaluate(
     answerer: Answerer,
     rows: Sequence[Row],
     wanted: Sequence[Case],
-    progress: Callable[[Case], Callable[[int], Any]],
+    progress: Callable[[str], Callable[[int], Any]],
     done: Sequence[dict[str, Any]] = (),
     keep: Callable[[list[dict[str, Any]]], Any] = len,
 ) -> list[dict[str, Any]]:
@@ -57,31 +58,35 @@ def evaluate(
         answerer: who answers.
         rows: the questions.
         wanted: the cases.
-        progress: called with a case, gives what is told of its progress.
+        progress: called with a profile's name, gives what is told of its progress.
         done: records of an evaluation of the same rows that are taken over instead of asking again.
-        keep: called with all records so far after each case, so that a stopped evaluation loses nothing.
+        keep: called with all records so far after each profile, so that a stopped evaluation loses nothing.
 
     Returns:
         One record per case: profile, budget, counts, replies, accuracy, and loyalty to the unreduced model's replies
         in the cases behind it.
     """
-    known = {(record["profile"], record["budget"]): record for record in done}
+    known = {(record["profile"], record["budget"]): record["replies"] for record in done}
     records: list[dict[str, Any]] = []
     stock = None
-    for case in wanted:
-        described = describe(case)
-        record = known.get((described["profile"], described["budget"]))
-        if record is None:
-            record = described | {"replies": answerer.answer(rows, case, progress(case))}
-        records.append(record)
-        if record["profile"] == STOCK:
-            stock = record["replies"]
-        record["accuracy"] = {kind: asdict(share) for kind, share in accuracy(rows, record["replies"]).items()}
-        if stock is not None:
-            same = loyalty(rows, record["replies"], stock)
-            record["loyalty"] = {kind: asdict(share) for kind, share in same.items()}
+    for name, group in groupby(wanted, key=lambda case: case.name):
+        described = [(case, describe(case)) for case in group]
+        missing = [case for case, about in described if (name, about["budget"]) not in known]
+        fresh = iter(answerer.answer(rows, missing, progress(name)) if missing else ())
+        for case, about in described:
+            replies = next(fresh) if case in missing else known[name, about["budget"]]
+            stock = replies if name == STOCK else stock
+            records.append(about | {"replies": replies} | marks(rows, replies, stock))
         keep(records)
     return records
+
+
+def marks(rows: Sequence[Row], replies: Sequence[str], stock: Sequence[str] | None) -> dict[str, Any]:
+    """Accuracy of replies, and loyalty to the unreduced model's where they are known, as plain data."""
+    found = {"accuracy": accuracy(rows, replies)}
+    if stock is not None:
+        found["loyalty"] = loyalty(rows, replies, stock)
+    return {name: {kind: asdict(share) for kind, share in shares.items()} for name, shares in found.items()}
 
 
 def describe(case: Case) -> dict[str, Any]:

@@ -47,6 +47,26 @@ class Generation:
     prefill: Prefill
 
 
+@dataclass(frozen=True)
+class SharedPrefix:
+    """What the first tokens of several prompts leave behind in the decoder layers up to the first reducer.
+
+    Questions about one image share all that stands before their text; it is worked out once.
+
+    Attributes:
+        outputs: of each of those layers ``[prefix, d]``.
+        cache: its keys and values.
+    """
+
+    outputs: list[torch.Tensor]
+    cache: DynamicCache
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prefix."""
+        return len(self.outputs[0])
+
+
 class ReferenceModel:
     """A Hugging Face LLaVA with a Llama-family language model, and perhaps a profile."""
 
@@ -89,12 +109,20 @@ class ReferenceModel:
         return (*embed_inputs(self.model, ids, inputs.get("pixel_values")), ids)
 
     @torch.no_grad()
+    def behind(self, before: torch.Tensor, prompt: str) -> torch.Tensor:
+        """Embeddings of a prompt with one image, given those up to its end ``[prefix, d]`` from another prompt."""
+        ids = torch.tensor(self.processor.tokenizer(prompt).input_ids, device=before.device)
+        image = int((ids == self.model.config.image_token_id).nonzero()[0, 0])
+        return torch.cat([before, self.model.get_input_embeddings()(ids[image + 1 :])])
+
+    @torch.no_grad()
     def prefill(
         self,
         embeddings: torch.Tensor,
         spans: Sequence[ImageSpan],
         budget: int | None = None,
         scores: torch.Tensor | None = None,
+        shared: SharedPrefix | None = None,
     ) -> Prefill:
         """Runs the prompt through the decoder layers, with a reducer after each active one.
 
@@ -104,6 +132,7 @@ class ReferenceModel:
             budget: this request's retain budget.
             scores: importance of the image's tokens ``[visual tokens]`` in place of attention, for baselines such as
                 random selection; one image only.
+            shared: :meth:`share` of the same first tokens, under any profile with the same first reducer.
         """
         tokens = len(embeddings)
         plan = RequestPlan(tokens, (), ()) if self.planner is None else self.planner.plan(tokens, spans, budget)
@@ -118,7 +147,10 @@ class ReferenceModel:
         kept: list[torch.Tensor] = []
         for index, layer in enumerate(self.decoder.layers):
             rotary = self.decoder.rotary_emb(hidden[None], positions[None])
-            out = layer(hidden[None], position_embeddings=rotary, past_key_values=cache, use_cache=True)[0]
+            if shared is not None and index < len(shared.outputs):
+                out = self._behind(shared, index, hidden, rotary, cache)
+            else:
+                out = layer(hidden[None], position_embeddings=rotary, past_key_values=cache, use_cache=True)[0]
             if self.planner is None or layout is None or weights is None or index not in self.planner.profile.layers:
                 hidden = out
                 continue
@@ -137,6 +169,46 @@ class ReferenceModel:
         return Prefill(plan, self.decoder.norm(hidden), kept, cache)
 
     @torch.no_grad()
+    def share(self, embeddings: torch.Tensor) -> SharedPrefix:
+        """Runs the first tokens of prompts ``[prefix, d]`` through the layers that no reducer has touched yet."""
+        layers = self.decoder.layers
+        if self.planner is not None:
+            layers = layers[: self.planner.profile.layers[0] + 1]
+        cache, hidden, outputs = DynamicCache(config=self.decoder.config), embeddings[None], []
+        positions = torch.arange(len(embeddings), device=embeddings.device)
+        rotary = self.decoder.rotary_emb(hidden, positions[None])
+        for layer in layers:
+            hidden = layer(hidden, position_embeddings=rotary, past_key_values=cache, use_cache=True)
+            outputs.append(hidden[0])
+        return SharedPrefix(outputs, cache)
+
+    def _behind(
+        self,
+        shared: SharedPrefix,
+        index: int,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: DynamicCache,
+    ) -> torch.Tensor:
+        """Output of a layer for a whole prompt, of which the prefix is known."""
+        known = shared.cache.layers[index]
+        cache.update(known.keys, known.values, index)
+        text = hidden[shared.tokens :]
+        row = torch.arange(shared.tokens, len(hidden), device=hidden.device)
+        unseen = torch.arange(len(hidden), device=hidden.device) > row[:, None]
+        mask = torch.zeros_like(unseen, dtype=hidden.dtype).masked_fill_(unseen, -torch.inf)
+        behind = (rotary[0][:, shared.tokens :], rotary[1][:, shared.tokens :])
+        layer = self.decoder.layers[index]
+        out = layer(
+            text[None],
+            attention_mask=mask[None, None],
+            position_embeddings=behind,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return torch.cat([shared.outputs[index], out[0]])
+
+    @torch.no_grad()
     def generate(
         self,
         prompt: str,
@@ -148,7 +220,11 @@ class ReferenceModel:
     ) -> Generation:
         """Answers greedily, ``max_tokens`` tokens or up to ``stop``; positions go on from the unreduced prompt."""
         embeddings, spans, _ = self.embed(prompt, images)
-        state = self.prefill(embeddings, spans, budget, scores)
+        return self.answer(self.prefill(embeddings, spans, budget, scores), len(embeddings), max_tokens, stop)
+
+    @torch.no_grad()
+    def answer(self, state: Prefill, prompt_length: int, max_tokens: int, stop: int | None = None) -> Generation:
+        """Goes on greedily behind a prefill; ``prompt_length`` counts the unreduced prompt."""
         hidden, ids, logprobs = state.hidden[-1:], [], []
         for step in range(max_tokens):
             logits = self.model.lm_head(hidden)[0].float()
@@ -157,7 +233,7 @@ class ReferenceModel:
             if ids[-1] == stop:
                 break
             if step + 1 < max_tokens:
-                hidden = self._decode(ids[-1], len(embeddings) + step, state.cache)
+                hidden = self._decode(ids[-1], prompt_length + step, state.cache)
         return Generation(ids, torch.stack(logprobs), state)
 
     def _decode(self, token: int, position: int, cache: DynamicCache) -> torch.Tensor:

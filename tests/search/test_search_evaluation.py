@@ -32,16 +32,16 @@ def arguments(*given):
 
 
 def test_keeping_all_is_stock_and_selections_choose_otherwise(answerer, rows):
-    wanted = cases(["none", "embedded-sparsevlm-v2", "random", "oracle", "blind"], [576, 8])
+    wanted = cases(["none", "embedded-fastv", "random@embedded-fastv", "oracle@embedded-fastv", "blind"], [576, 8])
     records = {
         (r["profile"], r["budget"]): r["replies"] for r in evaluate(answerer, rows, wanted, lambda _: lambda n: None)
     }
     stock = records["none", None]
     assert len(stock) == len(rows)
-    for name in ("embedded-sparsevlm-v2", "random", "oracle"):
+    for name in ("embedded-fastv", "random@embedded-fastv", "oracle@embedded-fastv"):
         assert records[name, 576] == stock
         assert records[name, 8] != stock
-    assert records["random", 8] != records["oracle", 8]
+    assert records["random@embedded-fastv", 8] != records["oracle@embedded-fastv", 8]
     assert records["blind", None] != stock
 
 
@@ -101,6 +101,8 @@ def test_at_most_so_many_of_each_kind(rows):
 def test_mistakes_are_named(tmp_path, answerer):
     with pytest.raises(EosError, match="neither a file nor a shipped profile"):
         cases(["no-such"], [16])
+    with pytest.raises(EosError, match="names no selection"):
+        cases(["best@embedded-pool"], [16])
     with pytest.raises(EosError, match="eos_retain=0"):
         cases(["embedded-pool"], [0])
     (tmp_path / "x.json").write_text("[]")
