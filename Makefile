@@ -1,5 +1,5 @@
 # make setup | test | lint | demo | docs | clean
-# make embedded-model | accuracy | search | bench | loadtest | bench-smoke | soak
+# make embedded-model | accuracy | search | ablations | bench | loadtest | bench-smoke | soak
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
@@ -22,7 +22,7 @@ TESTS := $(filter-out tests/serving tests/__pycache__,$(patsubst %/,%,$(sort $(w
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: setup test lint demo embedded-model accuracy search bench loadtest bench-smoke soak docs clean
+.PHONY: setup test lint demo embedded-model accuracy search ablations bench loadtest bench-smoke soak docs clean
 
 setup: $(READY)
 
@@ -67,6 +67,18 @@ accuracy: setup
 # Searches a profile on the embedded model; what was stopped goes on with --resume.
 search: setup
 	$(BIN)/eos-search run --config embedded
+
+# The paper's studies on the searched profile of the embedded model, and their figures; goes on where it was stopped.
+SEARCHED := runs/embedded/theta.json
+ablations: setup
+	$(BIN)/eos-search ablate alignment --config embedded --steps 100 --per-kind 50 --out results/embedded-alignment.json
+	$(BIN)/eos-search plot alignment --raw results/embedded-alignment.json --out docs/embedded-alignment.png
+	for study in placement operator robustness; do \
+		$(BIN)/eos-search ablate $$study --profile $(SEARCHED) --per-kind 50 --out results/embedded-$$study.json \
+		&& $(BIN)/eos-search plot $$study --raw results/embedded-$$study.json --out docs/embedded-$$study.png || exit 1; done
+	$(BIN)/eos-search plot search --run runs/embedded --out docs/embedded-search.png
+	$(BIN)/eos-search plot patches --profile $(SEARCHED) --budgets 192,64,16 --out docs/embedded-patches.png
+	$(BIN)/eos-search plot equivalence --out docs/equivalence.png
 
 bench: setup
 	$(BIN)/python benchmarks/throughput.py

@@ -90,7 +90,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         done = earlier(args.out, result)
 
         def keep(records: list[dict[str, Any]]) -> None:
-            result["cases"] = records
+            # What an earlier run has measured stays in the file until this one has come to it.
+            reached = {(r["profile"], r["budget"]) for r in records}
+            later = [r for r in done if (r["profile"], r["budget"]) not in reached]
+            result["cases"] = records + later
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(result, separators=(",", ":")) + "\n")
@@ -98,7 +101,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         answerer = answerer_for(args)
         try:
             with tqdm(total=len(rows) * len(wanted), unit="question") as bar:
-                evaluate(answerer, rows, wanted, lambda name: _told(bar, name), done, keep)
+                result["cases"] = evaluate(answerer, rows, wanted, lambda name: _told(bar, name), done, keep)
         finally:
             answerer.close()
     return result

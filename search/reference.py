@@ -191,7 +191,7 @@ class ReferenceModel:
         cache: DynamicCache,
     ) -> torch.Tensor:
         """Output of a layer for a whole prompt, of which the prefix is known."""
-        known = shared.cache.layers[index]
+        known: Any = shared.cache.layers[index]
         cache.update(known.keys, known.values, index)
         text = hidden[shared.tokens :]
         row = torch.arange(shared.tokens, len(hidden), device=hidden.device)
