@@ -61,7 +61,7 @@ embedded-model: setup
 ACCURACY := none,random@embedded-fastv,oracle@embedded-fastv,embedded-fastv,random@embedded-sparsevlm-v2,\
 	oracle@embedded-sparsevlm-v2,embedded-sparsevlm-v2,embedded-tome-style,embedded-pool,embedded-eos
 accuracy: setup
-	$(BIN)/eos-search evaluate --profiles '$(ACCURACY)' --images 480 --per-kind 300 --out results/embedded-accuracy.json \
+	$(BIN)/eos-search evaluate --profiles '$(ACCURACY)' --images 320 --per-kind 200 --out results/embedded-accuracy.json \
 		--figure docs/embedded-accuracy.png --page docs/accuracy.md
 
 # Searches a profile on the embedded model; what was stopped goes on with --resume.

@@ -1,6 +1,10 @@
-"""``eos-vllm demo``: a real server with a profile on the embedded model, asked real questions over HTTP."""
+"""``eos-vllm demo``: a real server with a profile on the embedded model, asked real questions over HTTP.
+
+The questions are ClutterVQA's, of its test split: the model has never seen them, and the truth is known.
+"""
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -10,19 +14,16 @@ from typing import Any
 
 from eos_vllm import profiles
 from eos_vllm.cli.server_process import Server, ServerError, log_tail, serve
+from eos_vllm.cluttervqa import KINDS, Question, Sample, is_right, make_sample
 from eos_vllm.core.budget import REQUEST_FIELD
 from eos_vllm.core.plan import ImageSpan, Planner
 from eos_vllm.core.profile import Profile
-from eos_vllm.models.images import sample_image, to_data_url
+from eos_vllm.models.images import to_data_url
 
 PROFILE = "embedded-eos"
-_QUESTIONS = (
-    "What colour is the largest shape?",
-    "How many shapes are there?",
-    "Is there a circle?",
-    "What is at the top left?",
-)
-_ANSWER_TOKENS = 16
+QUESTIONS = 10
+LEAST_RIGHT = 9
+_ANSWER_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,15 @@ class Row:
     question: str
     budget: str
     answer: str
+    truth: str
     tokens: tuple[int, ...]
     kv_bytes: int
     milliseconds: float
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is the truth."""
+        return is_right(self.answer, self.truth)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,19 +53,19 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo; 0 if every request was answered and every budget held, else 1."""
+    """Runs the demo; 0 if all was answered, all budgets held and stock answers were right, else 1."""
+    from eos_vllm.models import embedded
     from eos_vllm.models.geometry import geometry
-    from eos_vllm.models.tiny import write_tiny_model
 
     profile = profiles.load(args.profile)
+    model = embedded.path()
     with tempfile.TemporaryDirectory(prefix="eos-demo-") as folder:
-        model = write_tiny_model(Path(folder) / "model")
         log = args.keep_log or Path(folder) / "server.log"
         shape = geometry(model)
         token_bytes = 2 * shape.num_kv_heads * shape.head_dim * 4
         flags = ["--eos-profile", args.profile, "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
         flags += ["--kv-cache-memory-bytes", str(128 << 20), "--served-model-name", "embedded", "--block-size", "32"]
-        print(f"vllm serve MODEL {' '.join(flags)}", flush=True)
+        print(f"vllm serve eos_vllm/models/embedded/files {' '.join(flags)}", flush=True)
         start = time.monotonic()
         try:
             with serve(model, flags, log, {"VLLM_LOGGING_LEVEL": "INFO"}) as server:
@@ -83,16 +90,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def ask_all(server: Server, profile: Profile, token_bytes: int) -> list[Row]:
-    """Asks each question at stock budget, at the profile's, and at half of it for that request alone."""
+    """Asks each question at stock budget, at the profile's, and at a quarter of it for that request alone."""
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
     planner, total = Planner(profile), profile.model.visual_tokens
-    budgets = {"stock": total, "profile": None, "request": max(1, profile.budget.tokens // 2)}
+    budgets = {"stock": total, "profile": None, "request": max(1, profile.budget.tokens // 4)}
     rows = []
-    for i, question in enumerate(_QUESTIONS):
-        image = {"type": "image_url", "image_url": {"url": to_data_url(sample_image(i))}}
-        messages: Any = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+    for sample, question in questions():
+        image = {"type": "image_url", "image_url": {"url": to_data_url(sample.image)}}
+        messages: Any = [{"role": "user", "content": [image, {"type": "text", "text": question.text}]}]
         for label, budget in budgets.items():
             extra = {} if budget is None else {"vllm_xargs": {REQUEST_FIELD: budget}}
             start = time.monotonic()
@@ -108,25 +115,45 @@ def ask_all(server: Server, profile: Profile, token_bytes: int) -> list[Row]:
             kept = plan.kept[0]
             held = sum(n * k for n, k in zip(profile.segment_layers(), kept, strict=True)) * token_bytes
             name = label if budget is None else f"{label} ({budget})"
-            rows.append(Row(question, name, reply.choices[0].message.content or "", kept, held, elapsed))
+            text, shown = reply.choices[0].message.content or "", question.text.replace("\n", " ")
+            rows.append(Row(shown, name, text, question.answer, kept, held, elapsed))
     return rows
+
+
+def questions() -> list[tuple[Sample, Question]]:
+    """The demo's questions, each about another image; the kinds take turns."""
+    found: list[tuple[Sample, Question]] = []
+    numbers = itertools.count()
+    while len(found) < QUESTIONS:
+        sample = make_sample("test", next(numbers), questions=1, kinds=(KINDS[len(found) % len(KINDS)],))
+        found += [(sample, question) for question in sample.questions]
+    return found
 
 
 def print_table(rows: list[Row], stock_bytes: int) -> None:
     """Prints what was asked, answered, kept and how long it took."""
-    print(f"\n{'question':34} {'budget':14} {'visual tokens':20} {'KV/image stock':>14} {'eos':>9} {'ms':>6}  answer")
+    width = max(len(row.question) for row in rows)
+    head = f"{'question':{width}} {'budget':13} {'visual tokens':17} {'KV/image: stock':>15} {'eos':>8} {'ms':>5}"
+    print(f"\n{head}  {'answer':9} truth")
     for row in rows:
         kept = "->".join(map(str, row.tokens))
         print(
-            f"{row.question:34} {row.budget:14} {kept:20} {stock_bytes / 2**20:10.2f} MiB "
-            f"{row.kv_bytes / 2**20:5.2f} MiB {row.milliseconds:6.0f}  {row.answer!r}"
+            f"{row.question:{width}} {row.budget:13} {kept:17} {stock_bytes / 2**20:11.2f} MiB "
+            f"{row.kv_bytes / 2**20:4.2f} MiB {row.milliseconds:5.0f}  {row.answer.strip():9} {row.truth:9} "
+            f"{'' if row.right else 'WRONG'}".rstrip()
         )
-    print("(the embedded model has random weights: its answers mean nothing yet, but they are the model's own)")
+    print()
+    for budget in dict.fromkeys(row.budget for row in rows):
+        asked = [row for row in rows if row.budget == budget]
+        print(f"{budget:13} {sum(row.right for row in asked)} of {len(asked)} right")
 
 
 def check(rows: list[Row], profile: Profile, metrics: str) -> list[str]:
-    """What went wrong, if anything: empty answers, or kept tokens on ``/metrics`` that are not the plan's."""
+    """What went wrong, if anything: no answers, wrong ones without reduction, or tokens kept that the plan didn't."""
     failures = [f"{row.question!r} at {row.budget}: no answer" for row in rows if not row.answer]
+    right = sum(row.right for row in rows if row.tokens[-1] == row.tokens[0])
+    if right < LEAST_RIGHT:
+        failures.append(f"of {QUESTIONS} answers at stock budget {right} are right, at least {LEAST_RIGHT} should be")
     for i, layer in enumerate(profile.layers):
         reduced = [row for row in rows if row.tokens[-1] < row.tokens[0]]
         want = sum(row.tokens[i + 1] for row in reduced)
