@@ -11,7 +11,7 @@ from eos_vllm.cluttervqa.glyphs import SHAPES, TYPES, mask
 from eos_vllm.cluttervqa.scene import CELL, COLOUR_NAMES, COLOURS, PATCH, SIZES, make_scene, paint, patch_labels
 from eos_vllm.core.errors import EosError
 
-DIGEST = "TO-BE-FILLED"
+DIGEST = "e0057082618210844b2200a5d8981933ede31d29380b1432d77eeb87e345a409"
 
 
 def test_samples_are_the_same_on_every_machine():

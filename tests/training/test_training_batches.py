@@ -18,8 +18,8 @@ def test_answers_and_values_are_single_tokens(samples):
     batch = collate(samples)
     questions = [q for s in samples for q in s.questions]
     tokenizer = build_tokenizer(SHAPE.vocab_size, SHAPE.image_token_id, WORDS)
-    assert [tokenizer.decode([t]).strip() for t in batch.answer] == [q.answer for q in questions]
-    assert [tokenizer.decode([t]).strip() for t in batch.value] == [q.value for q in questions]
+    assert [tokenizer.decode([t]).strip() for t in batch.answer.tolist()] == [q.answer for q in questions]
+    assert [tokenizer.decode([t]).strip() for t in batch.value.tolist()] == [q.value for q in questions]
     assert [KINDS[k] for k in batch.kind] == [q.kind for q in questions]
 
 
@@ -29,7 +29,7 @@ def test_each_segment_is_one_question_with_its_answer(samples):
     for row, sample in enumerate(samples):
         for number, question in enumerate(sample.questions):
             mine = batch.segment[row] == number
-            assert tokenizer.decode(batch.ids[row][mine]) == f"\n{question.text} ASSISTANT: {question.answer}"
+            assert tokenizer.decode(batch.ids[row][mine].tolist()) == f"\n{question.text} ASSISTANT: {question.answer}"
             assert batch.offset[row][mine].tolist() == list(range(int(mine.sum())))
 
 
