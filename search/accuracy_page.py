@@ -5,21 +5,22 @@ from typing import Any
 from eos_search.accuracy import AVERAGE
 from eos_search.answerers import STOCK
 from eos_search.evaluation import table
+from eos_vllm.provenance import commit_line, machine_line
 
 _HEAD = """\
 # Accuracy against the retain budget
 
-What visual token reduction costs on the embedded model ({model}), by kind of question. Drawn by
+What visual token reduction costs on the model `{model}`, by kind of question. Drawn by
 
 ```
 eos-search evaluate --table {raw} --page docs/accuracy.md --figure docs/{figure}
 ```
 
 from the raw result `{raw}`, which keeps every reply; `make accuracy` measures what it lacks. {questions} questions
-about {images} images of {source}, greedy, {through}, float32; percent of right answers with 95 % intervals by bootstrap
+about {images} images of {source}, greedy, {through}; percent of right answers with 95 % intervals by bootstrap
 over images (kinds weigh alike in the average). Measured at commit {commit} on {machine}.
 
-A budget is what is left of an image's 576 tokens after the last reducer. `random@P` and `oracle@P` are yardsticks: the
+A budget is what is left of an image's tokens after the last reducer. `random@P` and `oracle@P` are yardsticks: the
 reducers and counts of profile P, with patches chosen by lot, or with the objects' patches first; the oracle doesn't
 know the question. What a profile does is told by `eos-vllm profile show NAME`.
 
@@ -36,7 +37,6 @@ def accuracy_page(result: dict[str, Any], raw: str, figure: str) -> str:
         figure: file name of the figure beside the page.
     """
     source = result["provenance"]
-    machine = source["machine"].get("gpu") or f"{source['machine']['cores']} cores ({source['machine']['processor']})"
     page = _HEAD.format(
         model=result["model"],
         raw=raw,
@@ -44,9 +44,9 @@ def accuracy_page(result: dict[str, Any], raw: str, figure: str) -> str:
         questions=len(result["rows"]),
         images=len({row["image"] for row in result["rows"]}),
         source=result["benchmark"]["source"],
-        through={"reference": "the Hugging Face reference", "server": "a running server"}[result["through"]],
-        commit=source["git"][:12],
-        machine=machine,
+        through={"reference": "the Hugging Face reference in float32", "server": "a running server"}[result["through"]],
+        commit=commit_line(source),
+        machine=machine_line(source),
     )
     kinds = [AVERAGE, *(kind for kind in result["cases"][0]["accuracy"] if kind != AVERAGE)]
     for kind in kinds:

@@ -2,8 +2,9 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,30 +148,62 @@ def blind_images(rows: Sequence[Row]) -> list[tuple[Path, ...]]:
 
 
 class ServerAnswerer:
-    """A running server with an OpenAI-compatible API; budgets go with each request."""
+    """A running server with an OpenAI-compatible API; budgets go with each request.
 
-    def __init__(self, base_url: str, model: str, max_tokens: int = 8, at_once: int = 16) -> None:
+    A server doesn't tell which profile it has: that is as the caller states.
+    """
+
+    def __init__(
+        self, base_url: str, model: str, max_tokens: int = 8, visual_tokens: int | None = None, at_once: int = 16
+    ) -> None:
+        """Connects.
+
+        Args:
+            base_url: address, ``/v1`` included.
+            model: name under which the model is served.
+            max_tokens: longest answer.
+            visual_tokens: of an image; unreduced answers ask a server with a profile for as many. None: it has none.
+            at_once: requests under way at a time.
+
+        Raises:
+            EosError: the server cannot be reached, or doesn't serve that model.
+        """
         from openai import OpenAI
 
         self.client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=2)
-        self.model, self.max_tokens, self.at_once = model, max_tokens, at_once
+        self.base_url, self.model, self.max_tokens, self.at_once = base_url, model, max_tokens, at_once
+        self.visual_tokens = visual_tokens
+        with self._told():
+            served = [entry.id for entry in self.client.models.list()]
+        if model not in served:
+            raise EosError("--served-model", model, "is not served there", f"name one of {', '.join(served)}")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns an error of the client into one line."""
+        from openai import OpenAIError
+
+        try:
+            yield
+        except OpenAIError as error:
+            raise EosError("--base-url", self.base_url, f"gave no answer ({error})", "look into its log") from error
 
     def answer(self, rows: Sequence[Row], cases: Sequence[Case], progress: Callable[[int], Any]) -> list[list[str]]:
         """As :class:`Answerer`.
 
         Raises:
-            EosError: a selection that a server cannot make.
+            EosError: a selection that a server cannot make, or a request that failed.
         """
         for case in cases:
             if case.selection or case.blind:
                 raise EosError("profile", case.name, "is not served", "leave --base-url out to use the reference")
 
         def ask(case: Case, row: Row) -> str:
-            reply = self._ask(row, case.budget)
+            reply = self._ask(row, self.visual_tokens if case.profile is None else case.budget)
             progress(1)
             return reply
 
-        with ThreadPoolExecutor(self.at_once) as pool:
+        with self._told(), ThreadPoolExecutor(self.at_once) as pool:
             return [list(pool.map(partial(ask, case), rows)) for case in cases]
 
     def _ask(self, row: Row, budget: int | None) -> str:

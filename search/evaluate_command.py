@@ -1,8 +1,6 @@
 """``eos-search evaluate``: accuracy of profiles at budgets, by the reference or through a running server."""
 
 import argparse
-import hashlib
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +10,9 @@ from tqdm import tqdm
 
 from eos_search.accuracy import chance, difference
 from eos_search.accuracy_page import accuracy_page
-from eos_search.answerers import ReferenceAnswerer, ServerAnswerer
-from eos_search.evaluation import cases, evaluate, read_result, table
+from eos_search.answerers import Case, ReferenceAnswerer, ServerAnswerer
+from eos_search.evaluation import cases, evaluate, key, table
+from eos_search.raw import fingerprint, plain, read_earlier, read_result, weights_digest, write_raw
 from eos_vllm.cluttervqa import SPLITS, Row, export, read_rows
 from eos_vllm.core.budget import parse_budget
 from eos_vllm.core.errors import EosError
@@ -35,7 +34,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--per-kind", type=int, default=None, help="at most so many questions of each kind")
     parser.add_argument("--max-tokens", type=int, default=8)
     parser.add_argument("--processes", type=int, default=None, help="default: one for each core")
-    parser.add_argument("--base-url", default=None, help="ask this server, such as http://127.0.0.1:8000/v1")
+    parser.add_argument(
+        "--base-url",
+        default=None,
+        help="ask this server (http://127.0.0.1:8000/v1); a lone none means one without a profile",
+    )
     parser.add_argument("--served-model", default="embedded", help="its model name (default: %(default)s)")
     parser.add_argument("--against", default=None, help="profile whose paired difference to the others is printed")
     parser.add_argument("--out", type=Path, default=None, help="raw result; a stopped evaluation goes on from it")
@@ -47,11 +50,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, or draws what was evaluated."""
-    if args.page and not (args.figure and (args.table or args.out)):
-        raise EosError(
-            "--page", str(args.page), "lacks its figure or its raw result", "give --figure, and --out or --table"
-        )
+    check(args)
     result = read_result(args.table) if args.table else measure(args)
+    if args.against and args.against not in {case["profile"] for case in result["cases"]}:
+        raise EosError("--against", args.against, "is not among the cases", "name one of the profiles")
     kinds = list(result["cases"][0]["accuracy"])
     print("\n\n".join(table(result, kind) for kind in [kinds[-1], *kinds[:-1]]))
     if args.against:
@@ -61,56 +63,103 @@ def run(args: argparse.Namespace) -> int:
 
         accuracy_figure(result, args.figure)
     if args.page:
-        source, figure = args.table or args.out, args.figure.name if args.figure else ""
-        args.page.write_text(accuracy_page(result, str(source), figure), encoding="utf-8")
+        page = accuracy_page(result, str(args.table or args.out), args.figure.name)
+        args.page.parent.mkdir(parents=True, exist_ok=True)
+        args.page.write_text(page, encoding="utf-8")
     return 0
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuses what would only fail after the work.
+
+    Raises:
+        EosError: an option out of range, or without another one that it needs.
+    """
+    for name in ("images", "max_tokens", "per_kind", "processes"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise EosError(f"--{name.replace('_', '-')}", value, "is below 1", "give 1 or more")
+    if args.page and not (args.figure and (args.table or args.out)):
+        problem = "lacks its figure or its raw result"
+        raise EosError("--page", str(args.page), problem, "give --figure, and --out or --table")
+    if args.model and not Path(args.model).is_dir():
+        raise EosError("--model", args.model, "is no directory", "name a model's directory")
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the evaluation that the arguments describe."""
+    """Runs the evaluation that the arguments describe; what its file held of other profiles stays in it."""
+    from eos_vllm.models import embedded
     from eos_vllm.provenance import provenance
 
     budgets = [None] if args.budgets == "own" else [parse_budget(b, "--budgets") for b in args.budgets.split(",")]
     wanted = cases([name.strip() for name in args.profiles.split(",")], budgets)
     with tempfile.TemporaryDirectory(prefix="eos-rows-") as folder:
-        file = args.rows or export(folder, args.split, args.images)
+        file = args.rows or export(Path(folder) / "rows", args.split, args.images)
         rows = limit(read_rows(file), args.per_kind)
-        if not rows:
-            raise EosError("rows", str(file), "holds no question", "name a JSONL with at least one")
+        check_rows(rows, wanted, str(file))
+        source = {"source": args.rows.name} if args.rows else {"source": f"ClutterVQA {args.split}"}
         result: dict[str, Any] = {
             "provenance": provenance(seed=0),
             "through": "server" if args.base_url else "reference",
-            "model": Path(args.model).name if args.model else "embedded",
-            "benchmark": {"source": args.rows.name if args.rows else f"ClutterVQA {args.split}", "images": args.images},
+            "model": args.served_model if args.base_url else Path(args.model or "embedded").name,
+            "weights": None if args.base_url else weights_digest(args.model or embedded.path()),
+            "max_tokens": args.max_tokens,
+            "benchmark": source | {"images": len({row.image_files for row in rows})},
             "fingerprint": fingerprint(rows),
             "chance": chance(rows),
             "rows": [plain(row) for row in rows],
             "cases": [],
         }
-        done = earlier(args.out, result)
+        done = read_earlier(args.out, result, ("fingerprint", "model", "weights", "max_tokens", "through"))
 
         def keep(records: list[dict[str, Any]]) -> None:
             # What an earlier run has measured stays in the file until this one has come to it.
-            reached = {(r["profile"], r["budget"]) for r in records}
-            later = [r for r in done if (r["profile"], r["budget"]) not in reached]
-            result["cases"] = records + later
+            reached = {key(record) for record in records}
+            result["cases"] = records + [record for record in done if key(record) not in reached]
             if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+                write_raw(args.out, result)
 
-        answerer = answerer_for(args)
+        answerer = answerer_for(args, wanted)
         try:
             with tqdm(total=len(rows) * len(wanted), unit="question") as bar:
-                result["cases"] = evaluate(answerer, rows, wanted, lambda name: _told(bar, name), done, keep)
+                evaluate(answerer, rows, wanted, lambda name: _told(bar, name), done, keep)
         finally:
             answerer.close()
     return result
 
 
-def answerer_for(args: argparse.Namespace) -> ReferenceAnswerer | ServerAnswerer:
-    """The server where an address is given, else the reference."""
+def check_rows(rows: Sequence[Row], wanted: Sequence[Case], file: str) -> None:
+    """Refuses rows that cannot be asked, before any is.
+
+    Raises:
+        EosError: there are none, an image is missing, or a selection lacks its one image or its boxes.
+    """
+    if not rows:
+        raise EosError("rows", file, "holds no question", "name a JSONL with at least one")
+    selections = {case.selection for case in wanted}
+    for row in rows:
+        for image in row.image_files:
+            if not image.is_file():
+                raise EosError("image_files", str(image), f"is missing (row {row.id})", "put it there, or drop the row")
+        if selections - {None} and len(row.image_files) != 1:
+            problem = f"has {len(row.image_files)} images"
+            raise EosError("rows", row.id, problem, "evaluate random@ and oracle@ on rows of one image")
+        if "oracle" in selections and not row.boxes:
+            raise EosError("boxes", row.id, "are missing", "evaluate oracle@ on rows that have them")
+
+
+def answerer_for(args: argparse.Namespace, wanted: Sequence[Case]) -> ReferenceAnswerer | ServerAnswerer:
+    """The server where an address is given, else the reference.
+
+    Raises:
+        EosError: more than one profile for one server, or a server that doesn't serve the model.
+    """
     if args.base_url:
-        return ServerAnswerer(args.base_url, args.served_model, args.max_tokens)
+        found = {case.name: case.profile for case in wanted if case.profile is not None}
+        if len(found) > 1:
+            problem = "a server has one profile"
+            raise EosError("--profiles", ",".join(found), problem, "name that, and none for the unreduced answers")
+        total = next((profile.model.visual_tokens for profile in found.values()), None)
+        return ServerAnswerer(args.base_url, args.served_model, args.max_tokens, total)
     from eos_vllm.models import embedded
 
     return ReferenceAnswerer(args.model or embedded.path(), args.max_tokens, args.processes)
@@ -127,33 +176,6 @@ def limit(rows: Sequence[Row], per_kind: int | None) -> list[Row]:
         if seen[row.kind] <= per_kind:
             kept.append(row)
     return kept
-
-
-def plain(row: Row) -> dict[str, Any]:
-    """What of a row is kept beside the replies."""
-    image = row.image_files[0].name if row.image_files else ""
-    return {"id": row.id, "kind": row.kind, "form": row.form, "answer": row.answer, "image": image}
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    """Digest of questions, answers and image names."""
-    lines = [f"{r.id}\t{r.prompt}\t{r.answer}\t{[f.name for f in r.image_files]}" for r in rows]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def earlier(out: Path | None, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of an earlier run with the same rows and the same model.
-
-    Raises:
-        EosError: the file holds another evaluation.
-    """
-    if out is None or not out.exists():
-        return []
-    before = read_result(out)
-    for field in ("fingerprint", "model", "through"):
-        if before[field] != result[field]:
-            raise EosError("--out", str(out), f"holds an evaluation of another {field}", "name another file")
-    return before["cases"]
 
 
 def differences(result: dict[str, Any], against: str) -> str:

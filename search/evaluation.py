@@ -1,14 +1,13 @@
 """Evaluations: accuracy of profiles at budgets on rows of questions, as raw results with every reply kept."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from eos_search.accuracy import AVERAGE, Share, accuracy, loyalty
 from eos_search.answerers import BLIND, STOCK, Answerer, Case
+from eos_search.raw import digest
 from eos_search.selection import SELECTIONS
 from eos_vllm import profiles
 from eos_vllm.cluttervqa import Row
@@ -40,7 +39,11 @@ def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
         for budget in budgets:
             kept_counts(profile, budget)
             label = f"{selection}@{profile.name}" if selection else profile.name
-            found.append(Case(label, profile, budget, selection or None))
+            if any(case.name == label and case.profile != profile for case in found):
+                raise EosError("profiles", label, "is the name of two profiles", "give each its own")
+            case = Case(label, profile, budget, selection or None)
+            if case not in found:
+                found.append(case)
     return found
 
 
@@ -59,22 +62,23 @@ def evaluate(
         rows: the questions.
         wanted: the cases.
         progress: called with a profile's name, gives what is told of its progress.
-        done: records of an evaluation of the same rows that are taken over instead of asking again.
-        keep: called with all records so far after each profile, so that a stopped evaluation loses nothing.
+        done: records of an evaluation of the same rows and model; those of profiles that do the same are taken over
+            instead of asking again.
+        keep: called with all records so far after each profile, so that a stopped evaluation loses but the last one.
 
     Returns:
         One record per case: profile, budget, counts, replies, accuracy, and loyalty to the unreduced model's replies
         in the cases behind it.
     """
-    known = {(record["profile"], record["budget"]): record["replies"] for record in done}
+    known = {key(record): record["replies"] for record in done}
     records: list[dict[str, Any]] = []
     stock = None
     for name, group in groupby(wanted, key=lambda case: case.name):
         described = [(case, describe(case)) for case in group]
-        missing = [case for case, about in described if (name, about["budget"]) not in known]
+        missing = [case for case, about in described if key(about) not in known]
         fresh = iter(answerer.answer(rows, missing, progress(name)) if missing else ())
         for case, about in described:
-            replies = next(fresh) if case in missing else known[name, about["budget"]]
+            replies = next(fresh) if case in missing else known[key(about)]
             stock = replies if name == STOCK else stock
             records.append(about | {"replies": replies} | marks(rows, replies, stock))
         keep(records)
@@ -89,34 +93,23 @@ def marks(rows: Sequence[Row], replies: Sequence[str], stock: Sequence[str] | No
     return {name: {kind: asdict(share) for kind, share in shares.items()} for name, shares in found.items()}
 
 
+def key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes two records one case: name, budget, and what the profile does."""
+    return record["profile"], record["budget"], record.get("does")
+
+
 def describe(case: Case) -> dict[str, Any]:
-    """Name, budget, counts after each reducer and layer average of a case."""
+    """Name, digest, budget, counts after each reducer and layer average of a case."""
     if case.profile is None:
-        return {"profile": case.name, "budget": None, "kept": [], "layer_average": None}
+        return {"profile": case.name, "does": None, "budget": None, "kept": [], "layer_average": None}
     counts = kept_counts(case.profile, case.budget)
     return {
         "profile": case.name,
+        "does": digest(case.profile),
         "budget": case.profile.budget.tokens if case.budget is None else case.budget,
         "kept": list(counts),
         "layer_average": round(layer_average(case.profile, counts), 1),
     }
-
-
-def read_result(file: str | Path) -> dict[str, Any]:
-    """A raw result of an evaluation.
-
-    Raises:
-        EosError: it cannot be read, or is something else.
-    """
-    try:
-        result = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EosError(
-            "result", str(file), f"cannot be read ({error})", "name a file of eos-search evaluate"
-        ) from error
-    if not isinstance(result, dict) or "cases" not in result:
-        raise EosError("result", str(file), "is no evaluation", "name a file of eos-search evaluate --out")
-    return result
 
 
 def table(result: dict[str, Any], kind: str = AVERAGE) -> str:

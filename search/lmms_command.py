@@ -249,7 +249,7 @@ def _name(target: Target) -> str:
 
 
 def _digest(target: Target) -> str | None:
-    from eos_search.ablations.study import digest
+    from eos_search.raw import digest
     from eos_vllm import profiles
 
     return None if target.profile == STOCK else digest(profiles.resolve(target.profile))

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from eos_search.raw import read_result
 from eos_vllm.core.budget import parse_budget
 from eos_vllm.core.errors import EosError
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if args.figure == "budgets":
             from eos_search.plots.budgets import write_budgets_figure
 
-            beside = save_data(args.out, _source(args) | write_budgets_figure(read_raw(args.raw), args.out))
+            beside = save_data(args.out, _source(args) | write_budgets_figure(read_result(args.raw), args.out))
         else:
             figure, data = draw(args)
             beside = save(figure, args.out, _source(args) | data)
@@ -78,14 +79,14 @@ def draw(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if args.figure in _STUDIES:
         from eos_search.plots import studies
 
-        result = read_raw(args.raw)
+        result = read_result(args.raw)
         if args.figure == "alignment":
             return studies.alignment_figure(result)
         return getattr(studies, f"{args.figure}_figure")(result, args.kind)
     if args.figure == "margin":
         from eos_search.plots.budgets import margin_figure
 
-        return margin_figure(read_raw(args.raw), args.profile, args.against)
+        return margin_figure(read_result(args.raw), args.profile, args.against)
     if args.figure == "equivalence":
         from eos_search.plots.equivalence import equivalence_figure, gaussian_checks, verified_checks
 
@@ -96,16 +97,6 @@ def draw(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
         return search_figure(read_records(args.folder))
     return _of_profile(args)
-
-
-def read_raw(file: Path) -> dict[str, Any]:
-    """A raw result with at least one case; errors as in :func:`eos_search.evaluation.read_result`."""
-    from eos_search.evaluation import read_result
-
-    result = read_result(file)
-    if not result["cases"]:
-        raise EosError("--raw", str(file), "holds no case yet", "let the evaluation come further")
-    return result
 
 
 def _of_profile(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

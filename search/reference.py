@@ -134,6 +134,10 @@ class ReferenceModel:
                 random selection; one image only.
             shared: :meth:`share` of the same first tokens, under any profile with the same first reducer.
         """
+        if scores is not None and len(spans) != 1:
+            raise SettingError(
+                "scores", len(spans), "is the number of images, not 1", "give scores with one image only"
+            )
         tokens = len(embeddings)
         plan = RequestPlan(tokens, (), ()) if self.planner is None else self.planner.plan(tokens, spans, budget)
         cache = DynamicCache(config=self.decoder.config)

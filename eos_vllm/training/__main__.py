@@ -27,15 +27,15 @@ def main() -> int:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     else:
         torch.set_float32_matmul_precision("high")
+    origin = provenance(seed=args.seed, device=args.device, threads=torch.get_num_threads())
     try:
         prepare_directory(args.out)
-        run = Run(args.work, torch.device(args.device), args.seed)
-        if run.resume():
+        run = Run(args.work, device_of(args.device), args.seed)
+        if run.begin(origin):
             print(f"going on from {run.checkpoint}: stage {run.stage}, step {run.step}", flush=True)
         try:
             run.train()
         except KeyboardInterrupt:
-            run.save()
             print(f"\nstopped; the same command goes on from {run.checkpoint}", file=sys.stderr)
             return 130
         write_model(run.trainee.model, args.out)
@@ -43,16 +43,28 @@ def main() -> int:
         print(f"eos-vllm training: {error}", file=sys.stderr)
         return 2
     if args.record:
-        log = [json.loads(line) for line in (args.work / "log.jsonl").read_text().splitlines()]
         record = {
-            "provenance": provenance(seed=args.seed, device=args.device, threads=torch.get_num_threads()),
-            "stages": settings(),
+            "provenance": run.origins[0],
+            "resumed": [other["git"] for other in run.origins[1:]],
+            "stages": settings(run.stages),
             "seconds": {name: round(value, 1) for name, value in run.seconds.items()},
-            "log": log,
+            "log": [json.loads(line) for line in run.log.read_text().splitlines()],
         }
         args.record.parent.mkdir(parents=True, exist_ok=True)
         args.record.write_text(json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        EosError: there is none.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise EosError("--device", name, "is not there", "give cpu or cuda") from error
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Writes the embedded model's card from the raw results of its training and of its held-out evaluation.
 
-    python -m eos_vllm.training.card
+    python -m eos_vllm.training.card [DIRECTORY]
 
-Every figure on the card comes from ``results/``; nothing is measured here.
+DIRECTORY holds the model, that of the package by default. Accuracy below ``FLOORS`` gives no card. Every figure on the
+card comes from ``results/``; nothing is measured here.
 """
 
 import json
@@ -13,9 +14,11 @@ from typing import Any
 from eos_vllm.core.errors import EosError
 from eos_vllm.models.embedded import SHAPE, path
 from eos_vllm.models.tiny import parameter_count
+from eos_vllm.provenance import commit_line, machine_line
 
 TRAINING = Path("results/embedded-training.json")
 HELD_OUT = Path("results/embedded-heldout.json")
+FLOORS = {"presence": 0.95, "attribute": 0.95, "average": 0.9}
 
 _HEAD = """\
 ---
@@ -89,7 +92,7 @@ _TAIL = """
 ## Limits
 
 Images of other kinds, questions of other words, several images or turns: it was trained on none of them and answers
-something. Counting suffers under every reduction, even one that keeps all objects.
+something. What token reduction costs, by kind and budget, is in the project's `docs/accuracy.md`.
 """
 
 
@@ -105,6 +108,11 @@ def card(training: dict[str, Any], held_out: dict[str, Any]) -> str:
     for name in ("none", "blind"):
         if name not in found:
             raise EosError("cases", name, "is missing", f"evaluate --profiles none,blind --out {HELD_OUT}")
+    for kind, floor in FLOORS.items():
+        if (share := found["none"].get(kind)) is not None and share["value"] < floor:
+            raise EosError(
+                kind, round(share["value"], 3), f"is below {floor}", "train again: this model is not good enough"
+            )
     text = _HEAD.format(
         **vars(SHAPE),
         parameters=parameter_count(SHAPE) / 1e6,
@@ -123,11 +131,10 @@ def card(training: dict[str, Any], held_out: dict[str, Any]) -> str:
         + f" | {s['rate']:g} | {training['seconds'][s['name']] / 60:.1f} |"
         for s in training["stages"]
     )
-    machine = source["machine"].get("gpu") or f"{source['machine']['cores']} cores ({source['machine']['processor']})"
     return text + _TAIL.format(
         minutes=sum(training["seconds"].values()) / 60,
-        machine=machine,
-        commit=source["git"][:12],
+        machine=machine_line(source),
+        commit=commit_line(source),
         seed=source["seed"],
         stages=stages,
     )
@@ -136,9 +143,10 @@ def card(training: dict[str, Any], held_out: dict[str, Any]) -> str:
 def main() -> int:
     try:
         training, held_out = (json.loads(file.read_text(encoding="utf-8")) for file in (TRAINING, HELD_OUT))
-        (path() / "README.md").write_text(card(training, held_out), encoding="utf-8")
-    except OSError as error:
-        print(f"eos-vllm card: {error.filename} cannot be read: run make embedded-model", file=sys.stderr)
+        folder = Path(sys.argv[1]) if len(sys.argv) > 1 else path()
+        (folder / "README.md").write_text(card(training, held_out), encoding="utf-8")
+    except (OSError, ValueError, KeyError) as error:
+        print(f"eos-vllm card: no card can be made ({error}): run make embedded-model", file=sys.stderr)
         return 2
     except EosError as error:
         print(f"eos-vllm card: {error}", file=sys.stderr)

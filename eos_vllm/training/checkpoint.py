@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save
 
 from eos_vllm.cluttervqa import WORDS
+from eos_vllm.core.errors import EosError
 from eos_vllm.models.embedded import SHAPE
 from eos_vllm.models.model_files import write_model_files
 from eos_vllm.models.tiny import tensor_shapes
@@ -32,12 +33,16 @@ def write_model(model: Any, directory: Path) -> None:
 
     Raises:
         RuntimeError: the model has other tensors than the shape says.
+        EosError: a weight is no finite number in float16.
     """
     tensors = {published_name(name): value.to(torch.float16) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if found != tensor_shapes(SHAPE):
         odd = sorted(found.items() ^ tensor_shapes(SHAPE).items())[0]
         raise RuntimeError(f"the trained model is not of the embedded shape: {odd}")
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise EosError("weights", name, "hold what float16 cannot", "train again with a lower rate")
     write_model_files(SHAPE, directory, WORDS)
     contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
     (directory / "model.safetensors").write_bytes(save(contiguous, metadata={"format": "pt"}))

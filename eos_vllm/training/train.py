@@ -6,6 +6,7 @@ checkpoint; batches depend on stage and step only, so that it sees the same data
 
 import json
 import math
+import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from eos_vllm.cluttervqa import KINDS, make_sample
+from eos_vllm.core.errors import EosError
 from eos_vllm.training.batches import QUESTIONS, Batch, Part, collate, loader
 from eos_vllm.training.network import SHALLOW, Trainee, build, grow
 
@@ -57,6 +59,8 @@ class Run:
         self.folder, self.device, self.seed, self.stages = folder, device, seed, tuple(stages)
         self.stage = self.step = 0
         self.seconds: dict[str, float] = {}
+        # What made the weights: the revisions under which it ran, the first one first.
+        self.origins: list[dict[str, Any]] = []
         torch.manual_seed(seed)
         self.trainee = Trainee(build(SHALLOW)).to(device)
         self.optimizer = self._optimizer()
@@ -67,12 +71,38 @@ class Run:
         """File of the latest state."""
         return self.folder / "checkpoint.pt"
 
-    def resume(self) -> bool:
-        """Goes on from the checkpoint, if there is one."""
+    @property
+    def log(self) -> Path:
+        """File of the training's log."""
+        return self.folder / "log.jsonl"
+
+    def begin(self, origin: dict[str, Any]) -> bool:
+        """Goes on from the checkpoint if there is one, else starts anew; returns whether it goes on.
+
+        Args:
+            origin: provenance of this process, which runs the code that is loaded now.
+
+        Raises:
+            EosError: the checkpoint cannot be read, or is of another seed or other stages.
+        """
+        self.origins = [origin]
         if not self.checkpoint.exists():
+            self.log.unlink(missing_ok=True)
             return False
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            held = {name: state[name] for name in ("seed", "stages")}
+            origins = json.loads(state["origins"])
+        except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            problem = f"cannot be gone on from ({type(error).__name__})"
+            raise EosError("checkpoint", str(self.checkpoint), problem, "remove it to train from nothing") from error
+        for name, value in (("seed", self.seed), ("stages", json.dumps(settings(self.stages)))):
+            if held[name] != value:
+                problem = f"holds a training of other {name}"
+                raise EosError("checkpoint", str(self.checkpoint), problem, "remove it to train from nothing")
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+        self.origins = [*origins, origin]
+        self._cut_log()
         if state["depth"] != self.trainee.depth:
             self.trainee = Trainee(grow(self.trainee.model), self.trainee.heads).to(self.device)
         self.trainee.load_state_dict(state["trainee"])
@@ -81,6 +111,15 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
         return True
 
+    def _cut_log(self) -> None:
+        """Drops from the log what will be done again."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        order = {stage.name: number for number, stage in enumerate(self.stages)}
+        done = (self.stage, self.step)
+        records = [json.loads(line) for line in lines]
+        kept = [r for r in records if (order[r["stage"]], r.get("step", 0)) <= done or order[r["stage"]] < self.stage]
+        self.log.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
     def save(self, path: Path | None = None) -> None:
         """Writes the state, whole or not at all."""
         path = path or self.checkpoint
@@ -88,6 +127,9 @@ class Run:
             "stage": self.stage,
             "step": self.step,
             "seconds": self.seconds,
+            "seed": self.seed,
+            "stages": json.dumps(settings(self.stages)),
+            "origins": json.dumps(self.origins),
             "depth": self.trainee.depth,
             "trainee": self.trainee.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.step else None,
@@ -121,7 +163,6 @@ class Run:
         begun = time.monotonic() - self.seconds.get(stage.name, 0.0)
         for parts in loader(self.stage, stage.parts, self.step, stage.steps):
             self._one_step(stage, [part.to(self.device) for part in parts], meter)
-            self.step += 1
             self.seconds[stage.name] = time.monotonic() - begun
             bar.update()
             if self.step % _LOG_EVERY == 0 or self.step == stage.steps:
@@ -150,11 +191,12 @@ class Run:
             meter.add({name: share[name] * loss.detach() for name, loss in losses.items()}, batch, right)
         torch.nn.utils.clip_grad_norm_(self.trainee.parameters(), stage.clip)
         self.optimizer.step()
+        self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         meter.steps += 1
 
     def _log(self, record: dict[str, Any]) -> None:
-        with (self.folder / "log.jsonl").open("a") as file:
+        with self.log.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if "validation" in record:
             tqdm.write(f"{record['stage']}: " + ", ".join(f"{k} {v:.3f}" for k, v in record["validation"].items()))

@@ -1,7 +1,5 @@
 """A study: variants at budgets over one evaluation, as one raw result that resumes."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +7,14 @@ from typing import Any
 
 from eos_search.ablations.variants import Variant
 from eos_search.answerers import STOCK, Answerer, Case
-from eos_search.evaluate_command import fingerprint, plain
-from eos_search.evaluation import evaluate, read_result
+from eos_search.evaluation import evaluate, key
+from eos_search.raw import deeds, digest, fingerprint, plain, read_earlier, write_raw
 from eos_vllm.cluttervqa import Row
 from eos_vllm.core.budget import kept_counts
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile
 
-_SAME = ("study", "base", "fingerprint", "model", "max_tokens")
+_SAME = ("study", "base", "fingerprint", "model", "weights", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -74,69 +72,44 @@ def run_study(
         budgets: as :func:`study_cases`.
         rows: the questions.
         answerer: who answers.
-        header: what else stands in the result: ``model``, ``max_tokens``, provenance, benchmark.
+        header: what else stands in the result: ``model``, ``weights``, ``max_tokens``, provenance, benchmark.
         out: file of the raw result. What it holds already is not asked again, provided that the variant is the same.
         progress: called with a label, gives what is told of its progress.
 
     Returns:
         A raw result as that of ``eos-search evaluate``, with ``study`` and ``base``; each case also holds what its
-        variant changed, and ``variant``, a digest of what the variant does.
+        variant changed.
 
     Raises:
         EosError: ``out`` holds another study.
         BudgetError: a budget that a variant cannot have.
     """
     wanted = study_cases(study, budgets)
-    about = {variant.label: {**variant.about, "variant": digest(variant.profile)} for variant in study.variants}
+    about = {variant.label: variant.about for variant in study.variants}
+    does = {(variant.label, digest(variant.profile)) for variant in study.variants} | {(STOCK, None)}
     result: dict[str, Any] = {
         **header,
         "study": study.name,
-        "base": study.base and _deeds(study.base),
+        "base": study.base and deeds(study.base),
         "failed": dict(study.failed or {}),
         "through": "reference",
         "fingerprint": fingerprint(rows),
         "rows": [plain(row) for row in rows],
         "cases": [],
     }
-    before = _earlier(out, result)
-    done = [case for case in before if case.get("variant") == about.get(case["profile"], case).get("variant")]
+    # A variant that does something else than before is asked again; others that are not asked for are kept.
+    names = {name for name, _ in does}
+    earlier = read_earlier(out, result, _SAME)
+    done = [case for case in earlier if case["profile"] not in names or (case["profile"], case.get("does")) in does]
 
     def keep(records: list[dict[str, Any]]) -> None:
-        fresh = [record | about.get(record["profile"], {}) for record in records]
-        seen = {(record["profile"], record["budget"]) for record in fresh}
+        fresh = [{**record, **about.get(record["profile"], {})} for record in records]
+        seen = {key(record) for record in fresh}
         # What is not asked for this time, or not reached yet, is not lost.
-        old = [case for case in done if (case["profile"], case["budget"]) not in seen]
+        old = [case for case in done if key(case) not in seen]
         result["cases"] = fresh + old
         if out is not None:
             write_raw(out, result)
 
     evaluate(answerer, rows, wanted, progress, done, keep)
     return result
-
-
-def write_raw(file: Path, result: Mapping[str, Any]) -> None:
-    """Writes a raw result, all or nothing; compact, for replies are many."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
-    part.replace(file)
-
-
-def digest(profile: Profile) -> str:
-    """Digest of what a profile does, whatever it is called and wherever it comes from."""
-    return hashlib.sha256(json.dumps(_deeds(profile), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _deeds(profile: Profile) -> dict[str, Any]:
-    talk = ("name", "description", "provenance")
-    return {key: value for key, value in profile.to_dict().items() if key not in talk}
-
-
-def _earlier(out: Path | None, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if out is None or not out.exists():
-        return []
-    before = read_result(out)
-    for name in _SAME:
-        if before.get(name) != result.get(name):
-            raise EosError("--out", str(out), f"holds a study of another {name}", "name another file")
-    return before["cases"]

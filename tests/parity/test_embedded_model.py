@@ -66,7 +66,7 @@ def test_vllm_and_transformers_agree_on_every_answer(questions: Any, served: Any
     """Plain transformers, not the reference: ``generate`` as users call it."""
     model = AutoModelForImageTextToText.from_pretrained(embedded.path(), dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(embedded.path())
-    for (sample, question), tokens in zip(questions[:200], served[576], strict=False):
+    for (sample, question), tokens in zip(questions[:200], served[576][:200], strict=True):
         prompt = chat_prompt(processor, question.text, 1)
         inputs = processor(text=prompt, images=[sample.image], return_tensors="pt")
         generated = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -76,14 +76,14 @@ def test_vllm_and_transformers_agree_on_every_answer(questions: Any, served: Any
 def test_vllm_and_the_reference_agree_on_every_reduced_answer(
     questions: Any, served: Any, reference: ReferenceModel
 ) -> None:
-    for (sample, question), tokens in zip(questions[:200], served[REDUCED], strict=False):
+    for (sample, question), tokens in zip(questions[:200], served[REDUCED][:200], strict=True):
         prompt = chat_prompt(reference.processor, question.text, 1)
         want = reference.generate(prompt, [sample.image], TOKENS, REDUCED).token_ids
         assert want == tokens, question.text
 
 
 def test_it_sees(questions: Any, served: Any, reference: ReferenceModel) -> None:
-    assert share_right(questions, reference, served[576]) >= 0.85
+    assert share_right(questions, reference, served[576]) >= 0.95
 
 
 def test_answers_are_not_settled_before_the_first_reducer(questions: Any, reference: ReferenceModel) -> None:
@@ -91,9 +91,9 @@ def test_answers_are_not_settled_before_the_first_reducer(questions: Any, refere
     one = ReferenceModel(reference.model, reference.processor, profiles.load("embedded-fastv"), retain=1)
     answers = [
         one.generate(chat_prompt(one.processor, q.text, 1), [s.image], TOKENS, stop=EOS_ID).token_ids
-        for s, q in questions[:90]
+        for s, q in questions[:150]
     ]
-    assert share_right(questions[:90], reference, answers) < 0.5
+    assert share_right(questions[:150], reference, answers) < 0.42
 
 
 def test_files_are_complete_small_and_published_by_name() -> None:

@@ -13,7 +13,7 @@ from search_cases import make_settings
 from eos_search.ablate_command import STUDIES, parse_grid
 from eos_search.ablations import searches
 from eos_search.ablations.searches import CE_OFF, LAMBDAS, alignment_searches, run_searches
-from eos_search.ablations.study import Study, digest, run_study, study_cases
+from eos_search.ablations.study import Study, run_study, study_cases
 from eos_search.ablations.tables import differences_to, study_table
 from eos_search.ablations.variants import (
     BASE,
@@ -28,6 +28,7 @@ from eos_search.ablations.variants import (
     without,
 )
 from eos_search.main import main
+from eos_search.raw import digest
 from eos_vllm.core.budget import kept_counts
 from eos_vllm.core.errors import EosError, ProfileError, SettingError
 from eos_vllm.core.profile import Profile

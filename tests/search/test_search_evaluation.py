@@ -1,14 +1,19 @@
 """Evaluations end to end on a small model: reference against server-less engine, raw results, tables and figures."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from eos_search.answerers import Case, ReferenceAnswerer, blind_images, chat_prompt
-from eos_search.evaluate_command import add_parser, differences, limit, run
-from eos_search.evaluation import cases, evaluate, read_result, table
+from eos_search.answerers import ReferenceAnswerer, ServerAnswerer, blind_images, chat_prompt
+from eos_search.evaluate_command import add_parser, check_rows, differences, limit, run
+from eos_search.evaluation import cases, evaluate, table
+from eos_search.raw import read_result
 from eos_vllm.cluttervqa import export, read_rows
 from eos_vllm.core.errors import EosError
+from support.profiles import make_profile
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +80,17 @@ def test_a_stopped_evaluation_goes_on_from_its_file(tmp_path, tiny_model, capsys
     assert second["cases"][1]["kept"][-1] == 16
     assert set(second["cases"][1]["loyalty"]) == set(second["cases"][1]["accuracy"])
     assert "| embedded-pool |" in table(second)
-    assert differences(second, "none").count("\n") == 1
+    assert differences(second, "embedded-pool").count("\n") == 1
+    with pytest.raises(EosError, match="--against='nothing'"):
+        run(arguments("--table", str(out), "--against", "nothing"))
     common[3] = "3"
     with pytest.raises(EosError, match="another fingerprint"):
         run(arguments("--profiles", "none", *common))
-    assert run(arguments("--table", str(out), "--figure", str(tmp_path / "a.png"))) == 0
+    page = tmp_path / "docs" / "a.md"
+    assert run(arguments("--table", str(out), "--figure", str(tmp_path / "a.png"), "--page", str(page))) == 0
     assert (tmp_path / "a.png").stat().st_size > 5000
+    assert "![accuracy against budget](a.png)" in page.read_text()
+    assert table(second) in page.read_text()
     assert "| average |" in capsys.readouterr().out
 
 
@@ -94,6 +104,7 @@ def test_blind_rows_see_another_image(rows):
 
 def test_at_most_so_many_of_each_kind(rows):
     kept = limit(rows, 1)
+    assert {row.kind for row in kept} == {row.kind for row in rows}
     assert len({row.kind for row in kept}) == len(kept)
     assert limit(rows, None) == rows
 
@@ -110,4 +121,97 @@ def test_mistakes_are_named(tmp_path, answerer):
         read_result(tmp_path / "x.json")
     with pytest.raises(EosError, match="rows='nothing"):
         run(arguments("--rows", "nothing.jsonl"))
-    assert Case("none", None, None).selection is None
+    with pytest.raises(EosError, match="--per-kind=0"):
+        run(arguments("--per-kind", "0"))
+    with pytest.raises(EosError, match="--model='nowhere'"):
+        run(arguments("--model", "nowhere"))
+    with pytest.raises(EosError, match="--page"):
+        run(arguments("--page", "page.md"))
+
+
+def test_a_profile_that_does_something_else_is_asked_again(answerer, rows):
+    def told(_):
+        return lambda n: None
+
+    (record,) = evaluate(answerer, rows, cases(["embedded-pool"], [8]), told)
+    marked = record | {"replies": ["from before"] * len(rows)}
+    (same,) = evaluate(answerer, rows, cases(["embedded-pool"], [8]), told, [marked])
+    assert same["replies"] == marked["replies"]
+    (other,) = evaluate(answerer, rows, cases(["embedded-pool"], [8]), told, [marked | {"does": "something else"}])
+    assert other["replies"] == record["replies"]
+
+
+def test_two_profiles_of_one_name_are_refused(tmp_path):
+    for folder, discard in (("a", 0.5), ("b", 0.6)):
+        (tmp_path / folder).mkdir()
+        data = make_profile(operator_values={"discard": discard}).to_dict()
+        (tmp_path / folder / "theta.json").write_text(json.dumps(data))
+    with pytest.raises(EosError, match="is the name of two profiles"):
+        cases([str(tmp_path / "a/theta.json"), str(tmp_path / "b/theta.json")], [16])
+    assert len(cases([str(tmp_path / "a/theta.json")], [16, 16])) == 1
+
+
+def test_rows_that_cannot_be_asked_are_refused_before_any_is(rows):
+    oracle = cases(["oracle@embedded-fastv"], [16])
+    check_rows(rows, oracle, "rows.jsonl")
+    with pytest.raises(EosError, match="boxes='test-"):
+        check_rows([replace(rows[0], boxes=())], oracle, "rows.jsonl")
+    with pytest.raises(EosError, match="has 2 images"):
+        check_rows([replace(rows[0], image_files=rows[0].image_files * 2)], oracle, "rows.jsonl")
+    with pytest.raises(EosError, match="is missing"):
+        check_rows([replace(rows[0], image_files=(Path("gone.png"),))], cases(["none"], [16]), "rows.jsonl")
+
+
+class FakeServer:
+    """Chat completions that say which budget they were asked for, or fail."""
+
+    def __init__(self, monkeypatch, model="embedded"):
+        import openai
+
+        self.failing, self.asked = False, []
+        outer = self
+
+        class Client:
+            def __init__(self, **_):
+                self.models = SimpleNamespace(list=lambda: [SimpleNamespace(id=model)])
+                self.chat = SimpleNamespace(completions=SimpleNamespace(create=outer.create))
+
+            def close(self):
+                pass
+
+        monkeypatch.setattr(openai, "OpenAI", Client)
+
+    def create(self, *, messages, extra_body, **_):
+        import openai
+
+        if self.failing:
+            raise openai.OpenAIError("connection refused")
+        text = messages[0]["content"][-1]["text"]
+        self.asked.append((text, extra_body.get("vllm_xargs", {}).get("eos_retain")))
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=f"{text}/{len(text)}"))])
+
+
+def test_a_server_is_asked_in_order_with_each_budget(rows, monkeypatch):
+    server = FakeServer(monkeypatch)
+    found = ServerAnswerer("http://x/v1", "embedded", visual_tokens=576)
+    wanted = cases(["embedded-pool"], [64, 16])
+    replies = found.answer(rows, wanted, lambda n: None)
+    assert replies == [[f"{row.prompt}/{len(row.prompt)}" for row in rows]] * 2
+    assert sorted(budget for _, budget in server.asked) == [16] * len(rows) + [64] * len(rows)
+    server.asked.clear()
+    # Unreduced answers of a server with a profile ask for all tokens.
+    found.answer(rows, cases(["none"], []), lambda n: None)
+    assert {budget for _, budget in server.asked} == {576}
+    server.failing = True
+    with pytest.raises(EosError, match="connection refused"):
+        found.answer(rows, wanted, lambda n: None)
+    with pytest.raises(EosError, match="is not served"):
+        found.answer(rows, cases(["random@embedded-pool"], [16]), lambda n: None)
+    with pytest.raises(EosError, match="name one of embedded"):
+        ServerAnswerer("http://x/v1", "another")
+
+
+def test_a_server_has_one_profile(monkeypatch):
+    FakeServer(monkeypatch)
+    with pytest.raises(EosError, match="a server has one profile"):
+        run(arguments("--base-url", "http://x/v1", "--profiles", "embedded-pool,embedded-fastv", "--images", "1"))

@@ -10,7 +10,7 @@ HELD_OUT = {
     "chance": {"presence": 0.5, "average": 0.5},
     "rows": [{"image": "a.png"}, {"image": "a.png"}],
     "cases": [
-        {"profile": "none", "accuracy": {"presence": SHARE | {"value": 0.987}, "average": SHARE}},
+        {"profile": "none", "accuracy": {"presence": SHARE | {"value": 0.987}, "average": SHARE | {"value": 0.95}}},
         {"profile": "blind", "accuracy": {"presence": SHARE, "average": SHARE}},
     ],
 }
@@ -38,3 +38,14 @@ def test_figures_are_those_of_the_results():
 def test_a_result_without_the_blind_case_is_refused():
     with pytest.raises(EosError, match="blind"):
         card(TRAINING, HELD_OUT | {"cases": HELD_OUT["cases"][:1]})
+
+
+def test_a_model_below_the_floor_gets_no_card():
+    poor = {"profile": "none", "accuracy": {"presence": SHARE | {"value": 0.9}, "average": SHARE | {"value": 0.95}}}
+    with pytest.raises(EosError, match=r"presence=0\.9"):
+        card(TRAINING, HELD_OUT | {"cases": [poor, HELD_OUT["cases"][1]]})
+
+
+def test_changes_on_top_of_the_commit_are_told():
+    source = TRAINING["provenance"] | {"git": "0123456789abcdef+changes"}
+    assert "at commit 0123456789ab with changes, seed 7" in card(TRAINING | {"provenance": source}, HELD_OUT)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from eos_vllm.core.errors import EosError
 from eos_vllm.training import train
 from eos_vllm.training.__main__ import main
 from eos_vllm.training.batches import Part
@@ -33,6 +34,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     whole.train()
     monkeypatch.setattr(train, "_CHECKPOINT_EVERY", 2)
     broken = Run(tmp_path / "broken", CPU, 0, STAGES)
+    assert not broken.begin({"git": "first"})
     step = broken._one_step
 
     def interrupted(stage, *arguments):
@@ -44,7 +46,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     again = Run(tmp_path / "broken", CPU, 0, STAGES)
-    assert again.resume()
+    assert again.begin({"git": "second"})
+    assert again.origins == [{"git": "first"}, {"git": "second"}]
     assert (again.stage, again.step) == (2, 2)
     again.train()
     for name, value in weights(whole).items():
@@ -77,6 +80,37 @@ def test_the_command_writes_the_model_and_its_record(tmp_path, monkeypatch):
     assert main() == 0
     assert {file.name for file in out.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
     data = json.loads(record.read_text())
+    assert [stage["name"] for stage in data["stages"]] == ["tower", "shallow", "full"]
+    assert data["resumed"] == []
     assert set(data["seconds"]) == {"tower", "shallow", "full"}
     assert data["provenance"]["seed"] == 0
     assert main() == 2  # the folder is not empty any more
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    run = Run(tmp_path, CPU, 0, STAGES)
+    run.save()
+    with pytest.raises(EosError, match="of other seed"):
+        Run(tmp_path, CPU, 1, STAGES).begin({})
+    with pytest.raises(EosError, match="of other stages"):
+        Run(tmp_path, CPU, 0, STAGES[:2]).begin({})
+    run.checkpoint.write_bytes(b"no checkpoint")
+    with pytest.raises(EosError, match="cannot be gone on from"):
+        Run(tmp_path, CPU, 0, STAGES).begin({})
+
+
+def test_the_log_of_steps_that_are_done_again_is_dropped(tmp_path):
+    run = Run(tmp_path, CPU, 0, STAGES)
+    run.stage, run.step = 1, 2
+    run.save()
+    records = [{"stage": "tower", "step": 3}, {"stage": "shallow", "step": 2}, {"stage": "shallow", "step": 3}]
+    run.log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    again = Run(tmp_path, CPU, 0, STAGES)
+    again.begin({})
+    assert [json.loads(line) for line in again.log.read_text().splitlines()] == records[:2]
+
+
+def test_an_unknown_device_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["training", "--out", str(tmp_path / "m"), "--device", "nothing"])
+    assert main() == 2
+    assert "--device='nothing'" in capsys.readouterr().err
