@@ -12,7 +12,7 @@ def add_parser(subparsers: Any) -> None:
     """Registers ``cluttervqa``."""
     text = "write images and questions of the embedded model's benchmark as PNG and JSONL"
     parser = subparsers.add_parser("cluttervqa", help=text, description=text)
-    parser.add_argument("folder", type=Path, help="new folder")
+    parser.add_argument("folder", type=Path, help="new or empty folder")
     parser.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
     parser.add_argument("--images", type=int, default=100, help="from the split's first (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=6, help="per image; some admit fewer (default: %(default)s)")
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise SettingError(f"--{name}", getattr(args, name), "is below 1", "give 1 or more")
     file = export(args.folder, args.split, args.images, args.questions, args.processes)
-    lines = sum(1 for _ in file.open(encoding="utf-8"))
+    with file.open(encoding="utf-8") as rows:
+        lines = sum(1 for _ in rows)
     print(f"{args.images} images and {lines} questions: {file}")
     return 0

@@ -1,16 +1,18 @@
 """Samples of ClutterVQA by split and index, their export as PNG and JSONL, and how replies are marked.
 
-A sample depends on its split, index and window only: splits never share a seed, machines agree byte for byte, and
-any number of processes may share the work.
+A sample's scene and pixels depend on its split, index and window only, its questions also on ``questions`` and
+``kinds``: splits never share a seed, machines agree byte for byte, and any number of processes may share the work.
 """
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,6 +23,7 @@ from eos_vllm.core.errors import EosError
 
 SPLITS = ("train", "validation", "test")
 REMEDY = "write one with: eos-vllm cluttervqa DIRECTORY"
+_BOX = "left, top, right, bottom with right above left and bottom above top"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Row:
     prompt: str
     answer: str
     image_files: tuple[Path, ...]
-    boxes: tuple[tuple[int, int, int, int], ...]
+    boxes: tuple[tuple[float, float, float, float], ...]
     form: str = ""
     choices: int = 0
 
@@ -67,8 +70,7 @@ def make_sample(
     Raises:
         EosError: unknown split or kind.
     """
-    if split not in SPLITS:
-        raise EosError("split", split, "is unknown", f"choose one of {', '.join(SPLITS)}")
+    _check_split(split)
     for kind in kinds:
         if kind not in KINDS:
             raise EosError("kinds", kind, "is unknown", f"choose from {', '.join(KINDS)}")
@@ -77,6 +79,11 @@ def make_sample(
     pixels = paint(scene, numbers)
     asked = ask(scene, numbers, [kinds[i % len(kinds)] for i in range(questions)])
     return Sample(f"{split}-{index:06d}", pixels, scene, tuple(asked))
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise EosError("split", split, "is unknown", f"choose one of {', '.join(SPLITS)}")
 
 
 def samples(split: str, count: int, questions: int = len(KINDS), start: int = 0) -> Iterator[Sample]:
@@ -120,12 +127,10 @@ def export(
         processes: processes that share the work; the bytes written don't depend on it.
 
     Raises:
-        EosError: unknown split, or a folder that holds another export.
+        EosError: unknown split, or a folder that is a file, holds anything or cannot be created.
     """
-    path = Path(folder)
-    if (path / "images").exists():
-        raise EosError("folder", str(path), "holds an export already", "name a new folder")
-    (path / "images").mkdir(parents=True)
+    _check_split(split)
+    path = _make_folder(Path(folder))
     make = partial(_write_sample, path, split, questions)
     if processes > 1:
         with ProcessPoolExecutor(processes) as pool:
@@ -135,6 +140,17 @@ def export(
     file = path / f"{split}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for rows in written for row in rows), encoding="utf-8")
     return file
+
+
+def _make_folder(path: Path) -> Path:
+    remedy = "name a new or empty folder"
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise EosError("folder", str(path), "is not empty", remedy)
+        (path / "images").mkdir(parents=True)
+    except OSError as error:
+        raise EosError("folder", str(path), f"cannot be created ({error.strerror})", remedy) from error
+    return path
 
 
 def _write_sample(path: Path, split: str, questions: int, index: int) -> list[dict]:
@@ -148,11 +164,13 @@ def read_rows(file: str | Path) -> list[Row]:
     """Rows of an exported JSONL, or of any JSONL of prompt, answer and image_files; image paths become absolute.
 
     Raises:
-        EosError: the file cannot be read, or a line lacks a field; the line is named.
+        EosError: the file cannot be read, or a line is no UTF-8, lacks a field or holds one of a wrong type; the line
+            is named.
     """
     path = Path(file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # JSON strings may hold other line separators, such as U+2028.
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise EosError("rows", str(path), f"cannot be read ({error.strerror})", REMEDY) from error
     rows = []
@@ -160,19 +178,37 @@ def read_rows(file: str | Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            data = json.loads(line)
-            row = Row(
-                id=str(data.get("id", number)),
-                kind=str(data.get("kind", "question")),
-                prompt=str(data["prompt"]),
-                answer=str(data["answer"]),
-                image_files=tuple((path.parent / name).resolve() for name in data["image_files"]),
-                boxes=tuple(tuple(box) for box in data.get("boxes", ())),
-                form=str(data.get("form", "")),
-                choices=int(data.get("choices", 0)),
-            )
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            rows.append(_row(path.parent, number, json.loads(line.decode("utf-8"))))
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
             problem = f"line {number} is no row ({type(error).__name__}: {error})"
             raise EosError("rows", str(path), problem, "give prompt, answer and image_files in every line") from error
-        rows.append(row)
     return rows
+
+
+def _row(folder: Path, number: int, data: Any) -> Row:
+    """The row of one line; KeyError, TypeError or another of ``read_rows``' errors where it is none."""
+    for name in ("prompt", "answer"):
+        if not isinstance(data[name], str):
+            raise TypeError(f"{name} is no string")
+    files, boxes = data["image_files"], data.get("boxes", [])
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise TypeError("image_files is no list of strings")
+    if not isinstance(boxes, list) or not all(map(_is_box, boxes)):
+        raise TypeError(f"boxes is no list of {_BOX}")
+    return Row(
+        id=str(data.get("id", number)),
+        kind=str(data.get("kind", "question")),
+        prompt=data["prompt"],
+        answer=data["answer"],
+        image_files=tuple((folder / name).resolve() for name in files),
+        boxes=tuple((left, top, right, bottom) for left, top, right, bottom in boxes),
+        form=str(data.get("form", "")),
+        choices=int(data.get("choices", 0)),
+    )
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
+        return False
+    left, top, right, bottom = box
+    return -math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf

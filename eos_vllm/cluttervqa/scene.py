@@ -150,10 +150,11 @@ def patch_labels(scene: Scene) -> np.ndarray:
         ``[patches, 3]`` int64: colour and kind, each counted from 1 with 0 for background, and 1 at the patch that
         holds an object's middle.
     """
-    side = scene.cells * CELL // PATCH
+    cell = CELL // PATCH
+    side = scene.cells * cell
     labels = np.zeros((side, side, 3), np.int64)
     for thing in scene.objects:
-        top, left = thing.top // PATCH - scene.origin[0] * 6, thing.left // PATCH - scene.origin[1] * 6
+        top, left = thing.top // PATCH - scene.origin[0] * cell, thing.left // PATCH - scene.origin[1] * cell
         extent = thing.size // PATCH
         labels[top : top + extent, left : left + extent, 0] = 1 + COLOUR_NAMES.index(thing.colour)
         labels[top : top + extent, left : left + extent, 1] = 1 + TYPES.index(thing.kind)

@@ -5,9 +5,10 @@ padding token, and filler words to the end. Fillers exist so that a model of a r
 have it decoded; text is never encoded to them, so one token is one byte of UTF-8.
 
 A model of few words may have them as single tokens: each word, and each of its beginnings, then stands behind the
-padding token in place of fillers, and any other text still goes byte by byte.
+padding token in place of fillers, and any other text still goes byte by byte. No filler is spelled as one of them.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,9 +46,16 @@ def _filler(number: int) -> str:
 def word_pieces(words: Sequence[str]) -> list[str]:
     """Return the words and all their beginnings of two bytes or more, in byte-level spelling, shorter ones first.
 
-    A word is ASCII, without a blank except in front. Words merge from their start, one way only; so that none gets in
-    the way of another, no word may stand there both with and without its blank.
+    Words merge from their start, one way only: with " red", the merges of "red" would tear up the longer word.
+    Raises EosError if a word is not of printable ASCII, has a blank elsewhere than in front, or stands there both with
+    and without its blank.
     """
+    for word in words:
+        bare = word.removeprefix(" ")
+        if not (bare.isascii() and bare.isprintable()) or " " in bare:
+            raise EosError("words", word, "is no word of printable ASCII", "leave out all blanks but one in front")
+        if word != bare and bare in words:
+            raise EosError("words", bare, "stands there with and without its blank", "keep one of the two")
     spelled = [word.replace(" ", _SPACE) for word in words]
     pieces = {word[:end] for word in spelled for end in range(2, len(word) + 1)}
     return sorted(pieces, key=lambda piece: (len(piece), piece))
@@ -60,7 +68,7 @@ def build_tokenizer(
 
     Encoding with special tokens puts the begin token in front; decoding returns any text unchanged. `words` become
     single tokens (`word_pieces` says how many ids that takes).
-    Raises EosError if the ids don't fit into the vocabulary.
+    Raises EosError if the ids don't fit into the vocabulary, or a word is none that can be a token.
     """
     if not FIRST_FREE_ID <= image_token_id <= vocab_size - 2:
         raise EosError(
@@ -78,7 +86,12 @@ def build_tokenizer(
         raise EosError("vocab_size", vocab_size, f"has no room for {len(pieces)} pieces of words", f"choose {needed}")
     vocabulary.update({piece: image_token_id + 2 + i for i, piece in enumerate(pieces)})
     taken = set(vocabulary.values())
-    vocabulary.update({_filler(i): i for i in range(vocab_size) if i not in taken})
+    # A filler that is a piece of a word already gives way to one whose number no other id has.
+    spare = (filler for filler in map(_filler, itertools.count(vocab_size)) if filler not in vocabulary)
+    for i in range(vocab_size):
+        if i not in taken:
+            filler = _filler(i)
+            vocabulary[next(spare) if filler in vocabulary else filler] = i
 
     # Without merges every byte stays a token of its own.
     merges = [(piece[:-1], piece[-1]) for piece in pieces]

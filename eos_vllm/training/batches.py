@@ -29,7 +29,7 @@ MIX = (
     "choice",
     "presence",
 )
-FRAME = FRAME_CELLS * CELL // PATCH
+FRAME_PATCHES = FRAME_CELLS * CELL // PATCH
 _PADDING = -1
 
 
@@ -129,13 +129,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
         answer=torch.tensor(answer),
         value=torch.tensor(value),
         kind=torch.tensor(kind),
-        named=torch.tensor(named).view(-1, 2),
+        named=torch.tensor(named, dtype=torch.long).view(-1, 2),
         centre=torch.tensor(centre).view(-1, 2),
     )
 
 
 def _names(question: Question, tokens: tuple[int, ...]) -> Iterator[tuple[int, tuple[float, float]]]:
-    """Places of the tokens that name the objects in question, with the objects' centres as shares of the frame."""
+    """Places of the tokens that name the objects in question, with the objects' centres as shares of the frame.
+
+    An object's name is its kind where that stands in the text, else its colour. A choice that asks for a kind has it
+    among its options: there the right option is the name. Counting names no object.
+    """
     if question.kind == "counting":
         return
     for thing in question.about:
@@ -143,7 +147,7 @@ def _names(question: Question, tokens: tuple[int, ...]) -> Iterator[tuple[int, t
             token = encode(f" {word}")[0]
             if token in tokens:
                 y, x = thing.centre
-                yield tokens.index(token), (y / (FRAME * PATCH), x / (FRAME * PATCH))
+                yield tokens.index(token), (y / (FRAME_PATCHES * PATCH), x / (FRAME_PATCHES * PATCH))
                 break
 
 

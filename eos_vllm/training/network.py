@@ -16,7 +16,7 @@ from eos_vllm.cluttervqa.scene import COLOUR_NAMES
 from eos_vllm.models.embedded import SHAPE
 from eos_vllm.models.model_files import model_config
 from eos_vllm.models.tokenizer import EOS_ID
-from eos_vllm.training.batches import FRAME, Batch, prefix_ids
+from eos_vllm.training.batches import FRAME_PATCHES, Batch, prefix_ids
 
 DEPTH = SHAPE.num_decoder_layers
 SHALLOW = 4
@@ -47,13 +47,13 @@ def build(layers: int) -> Any:
 def _start_tower(tower: Any) -> None:
     """Sine-cosine positions, and queries near keys, so that a patch begins by looking at its neighbourhood."""
     width = SHAPE.vision_hidden_size
-    axis = torch.arange(FRAME).float()
+    axis = torch.arange(FRAME_PATCHES).float()
     frequency = (1 / 40) ** (torch.arange(width // 4).float() / (width // 4 - 1))
     waves = torch.cat([(axis[:, None] * frequency).sin(), (axis[:, None] * frequency).cos()], dim=1)
-    grid = torch.cat([waves[:, None].expand(-1, FRAME, -1), waves[None].expand(FRAME, -1, -1)], dim=-1)
+    grid = torch.cat([waves[:, None].expand(-1, FRAME_PATCHES, -1), waves[None].expand(FRAME_PATCHES, -1, -1)], dim=-1)
     with torch.no_grad():
         nn.init.zeros_(tower.embeddings.class_embedding)
-        tower.embeddings.position_embedding.weight[1:] = grid.reshape(FRAME * FRAME, width)
+        tower.embeddings.position_embedding.weight[1:] = grid.reshape(FRAME_PATCHES * FRAME_PATCHES, width)
         tower.embeddings.position_embedding.weight[0] = 0
         nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * SHAPE.patch_size**2) ** -0.5)
         for layer in tower.encoder.layers:
@@ -124,7 +124,7 @@ class Trainee(nn.Module):
         """Number of each patch in the full frame, ``[B, side * side]``."""
         axis = torch.arange(side, device=batch.origin.device)
         rows, columns = batch.origin[:, :1] + axis, batch.origin[:, 1:] + axis
-        return (rows[:, :, None] * FRAME + columns[:, None, :]).flatten(1)
+        return (rows[:, :, None] * FRAME_PATCHES + columns[:, None, :]).flatten(1)
 
     def tower_losses(self, batch: Batch, patches: torch.Tensor, visual: torch.Tensor) -> dict[str, torch.Tensor]:
         """Colour, kind and middle of objects from the tower's output; row and column from the projector's."""
@@ -140,7 +140,7 @@ class Trainee(nn.Module):
             middle, labels[..., 2].float(), pos_weight=middle.new_tensor(10.0)
         )
         numbers = self.numbers(batch, int(visual.shape[1] ** 0.5))
-        place = torch.stack([numbers // FRAME, numbers % FRAME], dim=-1) / FRAME
+        place = torch.stack([numbers // FRAME_PATCHES, numbers % FRAME_PATCHES], dim=-1) / FRAME_PATCHES
         losses["place"] = 4 * F.mse_loss(self.heads["place"](visual), place)
         return losses
 
@@ -168,7 +168,7 @@ class Trainee(nn.Module):
             [
                 torch.arange(before, device=visual.device).expand(len(text), -1),
                 before + self.numbers(batch, int(visual.shape[1] ** 0.5)),
-                before + FRAME * FRAME + batch.offset,
+                before + FRAME_PATCHES * FRAME_PATCHES + batch.offset,
             ],
             dim=1,
         )
@@ -177,7 +177,7 @@ class Trainee(nn.Module):
         start = before + visual.shape[1]
         for index, layer in enumerate(decoder.layers):
             hidden = layer(hidden, attention_mask=masks[min(index // EARLY, 1)], position_embeddings=rotary)
-            if index == self.locating:
+            if index == self.locating and len(batch.named):
                 named = hidden[batch.named[:, 0], start + batch.named[:, 1]]
                 losses["centre"] = 8 * F.mse_loss(self.heads["centre"](named), batch.centre)
             if index == self.seeing:

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from eos_vllm.cluttervqa import make_sample, samples
+from eos_vllm.cluttervqa import make_sample, samples, scene
 from eos_vllm.cluttervqa.glyphs import SHAPES, TYPES, mask
 from eos_vllm.cluttervqa.scene import CELL, COLOUR_NAMES, COLOURS, PATCH, SIZES, make_scene, paint, patch_labels
 from eos_vllm.core.errors import EosError
@@ -89,6 +89,15 @@ def test_patch_labels_cover_the_boxes(cells):
         for thing in scene.objects:
             y, x = (int(v / PATCH - 6 * o) for v, o in zip(thing.centre, scene.origin, strict=True))
             assert labels[y, x].tolist() == [1 + COLOUR_NAMES.index(thing.colour), 1 + TYPES.index(thing.kind), 1]
+
+
+def test_patch_labels_follow_the_patch_size(monkeypatch):
+    monkeypatch.setattr(scene, "PATCH", 2)
+    thing = scene.Object("circle", "red", left=52, top=76, size=12)
+    window = scene.Scene((thing,), scene.Count("red", 1), cells=2, origin=(2, 2))
+    labels = patch_labels(window).reshape(24, 24, 3)
+    rows, columns = np.nonzero(labels[..., 0])
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (14, 19, 2, 7)
 
 
 def test_unknown_split_and_kind_are_refused():

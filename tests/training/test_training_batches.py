@@ -6,7 +6,7 @@ import torch
 from eos_vllm.cluttervqa import KINDS, WORDS, make_sample
 from eos_vllm.models.embedded import SHAPE
 from eos_vllm.models.tokenizer import build_tokenizer
-from eos_vllm.training.batches import MIX, QUESTIONS, Part, Steps, collate, encode, prefix_ids
+from eos_vllm.training.batches import MIX, QUESTIONS, Part, Steps, _names, collate, encode, prefix_ids
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,26 @@ def test_answers_come_behind_the_asked_token_and_names_stand_for_their_objects(s
             if word in (encode(f" {thing.kind}")[0], encode(f" {thing.colour}")[0])
         ]
         assert any([c / 96 for c in thing.centre] == pytest.approx(centre) for thing in fits)
+
+
+def test_a_choice_that_asks_for_a_kind_names_the_right_option():
+    drawn = [make_sample("train", i, 2, 4, ("choice",)) for i in range(12)]
+    asked = {"colour": 0, "shape": 0, "digit": 0, "letter": 0}
+    for sample in drawn:
+        for question in sample.questions:
+            ((place, _),) = _names(question, encode(f"\n{question.text} ASSISTANT:"))
+            token = encode(f"\n{question.text} ASSISTANT:")[place]
+            (thing,) = question.about
+            assert token == encode(f" {thing.kind}")[0]
+            assert (thing.kind == question.value) is (question.form != "colour")
+            asked[question.form] += 1
+    assert all(asked.values())
+
+
+def test_a_batch_in_which_nothing_is_named_keeps_its_types():
+    batch = collate([make_sample("train", i, 2, 2, ("counting",)) for i in range(2)])
+    assert (tuple(batch.named.shape), batch.named.dtype) == ((0, 2), torch.long)
+    assert (tuple(batch.centre.shape), batch.centre.dtype) == ((0, 2), torch.float32)
 
 
 def test_steps_are_the_same_whenever_they_are_drawn():

@@ -4,12 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from eos_vllm.cluttervqa import make_sample
+from eos_vllm.cluttervqa import KINDS, make_sample
+from eos_vllm.models import embedded
 from eos_vllm.models.embedded import SHAPE
 from eos_vllm.models.tiny import tensor_shapes
-from eos_vllm.training.batches import collate
+from eos_vllm.training.batches import QUESTIONS, collate
 from eos_vllm.training.checkpoint import published_name, write_model
 from eos_vllm.training.network import DEPTH, PLACES, SHALLOW, Trainee, attention_masks, build, grow
+from eos_vllm.training.train import validate
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,28 @@ def test_packed_questions_are_answered_as_if_each_were_asked_alone(model, tmp_pa
             with torch.no_grad():
                 plain = loaded(**inputs).logits[0, -1]
             torch.testing.assert_close(next(logits), plain, atol=1e-4, rtol=0)
+
+
+def test_nothing_named_means_no_loss_on_centres(model):
+    batch = collate([make_sample("train", i, 2, 2, ("counting",)) for i in range(2)])
+    losses, _ = Trainee(model)(batch)
+    assert set(losses) == {"colour", "kind", "middle", "place", "value", "answer", "end"}
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_validation_counts_right_answers_on_whole_frames_by_kind(model):
+    trained = AutoModelForImageTextToText.from_pretrained(embedded.path(), dtype=torch.float32)
+    samples = [make_sample("validation", i, QUESTIONS) for i in range(2)]
+    with torch.no_grad():
+        right = Trainee(trained)(collate(samples))[1].tolist()
+    found = validate(Trainee(trained), torch.device("cpu"), images=2)
+    kinds = [question.kind for sample in samples for question in sample.questions]
+    for kind in KINDS:
+        mine = [hit for hit, asked in zip(right, kinds, strict=True) if asked == kind]
+        assert found.pop(kind) == pytest.approx(sum(mine) / len(mine), abs=1e-4)
+    assert set(found) == {"mean"}
+    assert found["mean"] > 0.85
+    assert validate(Trainee(model), torch.device("cpu"), images=2)["mean"] < 0.5
 
 
 def test_blind_text_does_not_see_the_image_in_the_first_layers():
