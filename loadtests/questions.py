@@ -28,9 +28,10 @@ def read_rows(path: Path) -> list[Row]:
         SettingError: no such file, no rows, a line that is no row, or an image that isn't there.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as e:
-        raise SettingError("rows", str(path), f"it cannot be read ({e.strerror})", "name a JSONL file") from None
+        # JSON strings may hold other line separators, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise SettingError("rows", str(path), f"it cannot be read ({e})", "name a JSONL file in UTF-8") from None
     rows = [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise SettingError("rows", str(path), "it holds no row", _REMEDY)

@@ -171,6 +171,15 @@ def test_no_rows(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(SettingError, match="holds no row"):
         read_rows(path)
+    path.write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(SettingError, match="cannot be read"):
+        read_rows(path)
+
+
+def test_a_line_ends_at_its_newline_only(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "one\u2028line"}\n', encoding="utf-8")
+    assert [row.prompt for row in read_rows(path)] == ["one\u2028line"]
 
 
 def test_right_answers() -> None:
