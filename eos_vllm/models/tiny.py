@@ -14,24 +14,12 @@ import torch
 from safetensors.torch import save
 
 from eos_vllm.core.errors import EosError
+from eos_vllm.models import embedded
 from eos_vllm.models.model_files import LlavaShape, prepare_directory, write_model_files
-from eos_vllm.models.tokenizer import FIRST_BYTE_ID
+from eos_vllm.models.tokenizer import FIRST_BYTE_ID, FIRST_FREE_ID
 
-EMBEDDED = LlavaShape(
-    num_decoder_layers=8,
-    hidden_size=128,
-    intermediate_size=256,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    vision_layers=3,
-    vision_hidden_size=96,
-    vision_attention_heads=3,
-    vision_intermediate_size=256,
-    image_size=96,
-    patch_size=4,
-    vision_feature_layer=-1,
-)
+# Of the embedded model's size, with grouped-query attention and no words of its own: tests shall not lean on either.
+EMBEDDED = replace(embedded.SHAPE, num_key_value_heads=2, vocab_size=FIRST_FREE_ID + 2)
 BENCH_88M = LlavaShape(
     num_decoder_layers=12,
     hidden_size=768,
