@@ -8,8 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eos_search.accuracy import chance, difference
-from eos_search.accuracy_page import accuracy_page
+from eos_search.accuracy import chance
+from eos_search.accuracy_page import accuracy_page, margins_table
 from eos_search.answerers import Case, ReferenceAnswerer, ServerAnswerer
 from eos_search.evaluation import cases, evaluate, key, table
 from eos_search.raw import fingerprint, plain, read_earlier, read_result, weights_digest, write_raw
@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     """Registers ``evaluate``."""
     parser = subparsers.add_parser("evaluate", help="accuracy of profiles at budgets, with intervals")
     parser.add_argument(
-        "--profiles", default="none", help="comma-separated names or paths; none, blind, random, oracle"
+        "--profiles", default="none", help="comma-separated names or paths; none, blind, random@P, prune@P, ..."
     )
     parser.add_argument("--budgets", default=BUDGETS, help="comma-separated, or 'own' (default: %(default)s)")
     parser.add_argument("--model", default=None, help="model directory (default: the embedded model)")
@@ -57,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
     kinds = list(result["cases"][0]["accuracy"])
     print("\n\n".join(table(result, kind) for kind in [kinds[-1], *kinds[:-1]]))
     if args.against:
-        print("\n" + differences(result, args.against))
+        print(f"\n{args.against} minus the others, points\n{margins_table(result, args.against)}")
     if args.figure:
         from eos_search.figures import accuracy_figure
 
         accuracy_figure(result, args.figure)
     if args.page:
-        page = accuracy_page(result, str(args.table or args.out), args.figure.name)
+        page = accuracy_page(result, str(args.table or args.out), args.page, args.figure.name, args.against)
         args.page.parent.mkdir(parents=True, exist_ok=True)
         args.page.write_text(page, encoding="utf-8")
     return 0
@@ -176,18 +176,6 @@ def limit(rows: Sequence[Row], per_kind: int | None) -> list[Row]:
         if seen[row.kind] <= per_kind:
             kept.append(row)
     return kept
-
-
-def differences(result: dict[str, Any], against: str) -> str:
-    """Paired differences in accuracy of one profile to each other one at the same budget, in points."""
-    rows = [Row(r["id"], r["kind"], "", r["answer"], (Path(r["image"]),), ()) for r in result["rows"]]
-    lines = [f"| {against} minus | budget | points |", "| --- | --- | --- |"]
-    ours = {c["budget"]: c["replies"] for c in result["cases"] if c["profile"] == against}
-    for case in result["cases"]:
-        if case["profile"] != against and case["budget"] in ours:
-            share = difference(rows, ours[case["budget"]], case["replies"])["average"]
-            lines.append(f"| {case['profile']} | {case['budget']} | {share} |")
-    return "\n".join(lines)
 
 
 def _told(bar: Any, name: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from eos_search.accuracy import AVERAGE, Share, accuracy, loyalty
 from eos_search.answerers import BLIND, STOCK, Answerer, Case
+from eos_search.corners import CORNERS, at_corner
 from eos_search.raw import digest
 from eos_search.selection import SELECTIONS
 from eos_vllm import profiles
@@ -21,7 +22,8 @@ def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
     Args:
         names: paths or names of profiles, ``none`` for the unreduced model, ``blind`` for that with other images,
             ``random@PROFILE`` and ``oracle@PROFILE`` for those selections in place of the profile's own choice: they
-            have its reducers and counts, and differ in the choice alone.
+            have its reducers and counts, and differ in the choice alone; ``prune@PROFILE``, ``merge@``, ``pool@`` and
+            ``reweight@`` for the corners of the operator: they differ in that alone.
         budgets: retain budgets per image; None for each profile's own.
 
     Raises:
@@ -32,16 +34,20 @@ def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
         if name in (STOCK, BLIND):
             found.append(Case(name, None, None, blind=name == BLIND))
             continue
-        selection, _, source = name.rpartition("@")
-        if selection and selection not in SELECTIONS:
-            raise EosError("profiles", name, "names no selection", f"choose {' or '.join(SELECTIONS)} before the @")
+        change, _, source = name.rpartition("@")
+        if change and change not in (*SELECTIONS, *CORNERS):
+            remedy = f"choose from {', '.join((*SELECTIONS, *CORNERS))} before the @"
+            raise EosError("profiles", name, "names neither a selection nor a corner", remedy)
         profile = profiles.resolve(source)
+        if change in CORNERS:
+            profile = at_corner(profile, change)
+        selection = change if change in SELECTIONS else None
         for budget in budgets:
             kept_counts(profile, budget)
             label = f"{selection}@{profile.name}" if selection else profile.name
             if any(case.name == label and case.profile != profile for case in found):
                 raise EosError("profiles", label, "is the name of two profiles", "give each its own")
-            case = Case(label, profile, budget, selection or None)
+            case = Case(label, profile, budget, selection)
             if case not in found:
                 found.append(case)
     return found

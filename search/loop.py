@@ -77,8 +77,16 @@ class Trainer:
         mapped = self.theta()
         values = ThetaValues(mapped.table.detach().requires_grad_())
         structure = read_structure(values, self.rules)
-        examples = [example for example in batch if not isinstance(example, Broken)]
-        done = [self._backward(task, example, values, structure) for example in examples]
+        served = [read_structure(values, self.rules, budget) for budget in self.settings.serve_budgets] or [structure]
+        # Places in the batch of all processes: with any number of them an example gets the same budget.
+        first, apart = self.accelerator.process_index, self.accelerator.num_processes
+        taken = [
+            (example, served[(first + apart * i) % len(served)])
+            for i, example in enumerate(batch)
+            if not isinstance(example, Broken)
+        ]
+        examples = [example for example, _ in taken]
+        done = [self._backward(task, example, values, hard) for example, hard in taken]
         self._check([example.id for example in examples], done)
         gradient = torch.zeros_like(values.table) if values.table.grad is None else values.table.grad
         sums = torch.tensor([*map(sum, zip(*done, strict=True))] or [0.0] * 3, dtype=torch.float64)

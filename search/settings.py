@@ -53,6 +53,7 @@ class SearchSettings(BaseModel):
     max_tokens: int = Field(2048, ge=2, description="longer rows are skipped")
 
     budget: int = Field(64, ge=1, description="B: visual tokens of an image that may be left")
+    serve_budgets: Layers = Field((), description="budgets that examples take in turn (default: Theta's own counts)")
     budget_measure: BudgetMeasure = Field("final", description="final (Eq. 13) or layer_average")
     budget_gates: BudgetGates = Field("acting", description="gates that count in it: acting, or all as in Eq. 13")
     max_reducers: int = Field(3, ge=1, description="C: layers that may reduce")
@@ -92,6 +93,13 @@ class SearchSettings(BaseModel):
     cache_mib: int = Field(512, ge=0, description="memory for embeddings and unreduced states of examples seen again")
     log_every: int = Field(10, ge=1, description="steps between records of Theta itself")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+
+    @field_validator("serve_budgets")
+    @classmethod
+    def _budgets_are_positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(budget < 1 for budget in value):
+            raise ValueError("a budget is at least 1")
+        return value
 
     @field_validator("placement", "align_layers", mode="before")
     @classmethod

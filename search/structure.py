@@ -6,7 +6,7 @@ The search asks here before every forward pass, and the export asks here in the 
 from dataclasses import dataclass, field
 
 from eos_search.theta import KINDS, ThetaValues
-from eos_vllm.core.budget import eq11_counts
+from eos_vllm.core.budget import eq11_counts, kept_counts
 from eos_vllm.core.profile import (
     SCHEMA,
     Budget,
@@ -46,7 +46,7 @@ class Structure:
 
     Attributes:
         acting: layers whose gate acts, ascending.
-        counts: visual tokens of an image left after each of them (Eq. 11).
+        counts: visual tokens of an image left after each of them.
         profile: the profile that says the same; None where no gate acts.
         candidates: for each other place, the count that it would leave behind if its gate acted.
     """
@@ -63,12 +63,21 @@ def acting_layers(gates: list[float], rules: Rules) -> tuple[int, ...]:
     return tuple(sorted(sorted(above, key=lambda layer: -gates[layer])[: rules.max_reducers]))
 
 
-def read_structure(values: ThetaValues, rules: Rules) -> Structure:
-    """Reads a point as a hard reduction; the only place where numbers of Theta go to the host."""
+def read_structure(values: ThetaValues, rules: Rules, budget: int | None = None) -> Structure:
+    """Reads a point as a hard reduction; the only place where numbers of Theta go to the host.
+
+    Args:
+        values: the point.
+        rules: what is not learned.
+        budget: serve this retain budget, as a request may ask for; the counts then follow by the profile's rule
+            (paper 2.6). None: the counts of Eq. 11.
+    """
     rows = values.table.detach().tolist()
     acting = acting_layers([row[0] for row in rows], rules)
     profile = _profile(rows, acting, rules) if acting else None
-    counts = () if profile is None else eq11_counts(profile)
+    if profile is not None and budget is not None:
+        profile = profile.model_copy(update={"budget": profile.budget.model_copy(update={"tokens": budget})})
+    counts = () if profile is None else kept_counts(profile)
     candidates, tokens = {}, rules.model.visual_tokens
     for layer, row in enumerate(rows[:-1]):
         if layer in acting:

@@ -92,7 +92,7 @@ _TAIL = """
 ## Limits
 
 Images of other kinds, questions of other words, several images or turns: it was trained on none of them and answers
-something. What token reduction costs, by kind and budget, is in the project's `docs/accuracy.md`.
+something. What token reduction costs, by kind and budget, is in the project's `docs/results.md`.
 """
 
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from eos_search.accuracy_page import margins_table
 from eos_search.answerers import ReferenceAnswerer, ServerAnswerer, blind_images, chat_prompt
-from eos_search.evaluate_command import add_parser, check_rows, differences, limit, run
+from eos_search.evaluate_command import add_parser, check_rows, limit, run
 from eos_search.evaluation import cases, evaluate, table
 from eos_search.raw import read_result
 from eos_vllm.cluttervqa import export, read_rows
@@ -80,7 +81,7 @@ def test_a_stopped_evaluation_goes_on_from_its_file(tmp_path, tiny_model, capsys
     assert second["cases"][1]["kept"][-1] == 16
     assert set(second["cases"][1]["loyalty"]) == set(second["cases"][1]["accuracy"])
     assert "| embedded-pool |" in table(second)
-    assert differences(second, "embedded-pool").count("\n") == 1
+    assert [line.split(" | ")[0] for line in margins_table(second, "embedded-pool").splitlines()[2:]] == ["| none"]
     with pytest.raises(EosError, match="--against='nothing'"):
         run(arguments("--table", str(out), "--against", "nothing"))
     common[3] = "3"
@@ -91,6 +92,10 @@ def test_a_stopped_evaluation_goes_on_from_its_file(tmp_path, tiny_model, capsys
     assert (tmp_path / "a.png").stat().st_size > 5000
     assert "![accuracy against budget](a.png)" in page.read_text()
     assert table(second) in page.read_text()
+    assert "minus the others" not in page.read_text()
+    shown = ("--figure", str(tmp_path / "a.png"), "--page", str(page), "--against", "embedded-pool")
+    assert run(arguments("--table", str(out), *shown)) == 0
+    assert margins_table(second, "embedded-pool") in page.read_text()
     assert "| average |" in capsys.readouterr().out
 
 
@@ -112,7 +117,7 @@ def test_at_most_so_many_of_each_kind(rows):
 def test_mistakes_are_named(tmp_path, answerer):
     with pytest.raises(EosError, match="neither a file nor a shipped profile"):
         cases(["no-such"], [16])
-    with pytest.raises(EosError, match="names no selection"):
+    with pytest.raises(EosError, match="names neither a selection nor a corner"):
         cases(["best@embedded-pool"], [16])
     with pytest.raises(EosError, match="eos_retain=0"):
         cases(["embedded-pool"], [0])

@@ -279,6 +279,21 @@ def pulls(example: Any, values: ThetaValues, structure: Structure) -> TaskTerms:
     return TaskTerms(loss.detach(), loss.detach(), loss)
 
 
+def test_budgets_take_turns_in_a_batch(tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def task(example: Any, values: ThetaValues, structure: Structure) -> TaskTerms:
+        seen.append((example.id, structure.counts[-1]))
+        return pulls(example, values, structure)
+
+    trainer = make_trainer(make_theta({1: 0.5, 3: 0.5}), tmp_path, serve_budgets=(20, 4))
+    batch = [Toy("a"), Toy("b"), Broken(2, "c", "torn"), Toy("d"), Toy("e")]
+    assert trainer.step(batch, task).structure.counts == (19, 10)
+    assert seen == [("a", 20), ("b", 4), ("d", 4), ("e", 20)]
+    with pytest.raises(SettingError, match=r"serve_budgets=.*at least 1"):
+        make_settings(tmp_path, tmp_path, serve_budgets=(20, 0))
+
+
 def test_a_gradient_that_is_no_number_stops(tmp_path: Path) -> None:
     theta = make_theta({1: 0.5})
     before = theta.raw.detach().clone()
@@ -351,6 +366,7 @@ class TwoAlike:
     """Stands for accelerate on two processes that hold the same examples: sums are twice what one has."""
 
     device = torch.device("cpu")
+    process_index, num_processes = 0, 2
 
     def prepare(self, optimizer: Any) -> Any:
         return optimizer

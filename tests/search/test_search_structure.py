@@ -11,7 +11,7 @@ from search_cases import make_rules, make_theta
 from eos_search.export import searched_profile
 from eos_search.structure import acting_layers, read_structure
 from eos_search.theta import Theta
-from eos_vllm.core.budget import eq11_counts
+from eos_vllm.core.budget import eq11_counts, kept_counts
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.plan import ImageSpan, Planner
 from eos_vllm.core.profile import parse_profile
@@ -52,6 +52,16 @@ def test_export_and_plan_keep_what_the_search_kept(raw: list[list[float]]) -> No
 def test_the_minimum_is_kept() -> None:
     theta = make_theta({0: 0.99, 1: 0.99, 2: 0.99})
     assert read_structure(theta(), make_rules(minimum=7)).counts == (7, 7, 7)
+
+
+def test_another_budget_is_served_by_the_exported_profiles_rule() -> None:
+    theta = make_theta({1: 0.5, 3: 0.5})
+    exported = searched_profile(theta, make_rules(), "test", {})
+    for budget in (36, 20, 10, 4):
+        structure = read_structure(theta(), make_rules(), budget)
+        assert structure.counts == kept_counts(exported, budget)
+        assert Planner(structure.profile).plan(60, [ImageSpan(5, 36)]).kept == ((36, *structure.counts),)
+    assert structure.candidates[2] == int(structure.counts[0] * 0.8)
 
 
 def test_candidates_are_what_an_opening_gate_would_leave() -> None:
