@@ -61,27 +61,33 @@ embedded-model: setup
 	rm -rf .cache/embedded-model
 
 # Accuracy against the retain budget: measures what results/embedded-accuracy.json doesn't hold yet, and draws it.
-ACCURACY := none,random@embedded-fastv,oracle@embedded-fastv,embedded-fastv,random@embedded-sparsevlm-v2,\
-	oracle@embedded-sparsevlm-v2,embedded-sparsevlm-v2,embedded-tome-style,embedded-pool,embedded-eos
+P := embedded-searched
+ACCURACY := none,$P,prune@$P,merge@$P,pool@$P,reweight@$P,random@$P,oracle@$P,embedded-fastv,random@embedded-fastv,\
+	embedded-sparsevlm-v2,embedded-tome-style
 accuracy: setup
 	$(BIN)/eos-search evaluate --profiles '$(ACCURACY)' --images 320 --per-kind 200 --out results/embedded-accuracy.json \
-		--figure docs/embedded-accuracy.png --page docs/accuracy.md
+		--figure docs/embedded-accuracy.png --page docs/results.md --against $P
 
 # Searches a profile on the embedded model; what was stopped goes on with --resume.
 search: setup
 	$(BIN)/eos-search run --config embedded
+	$(BIN)/eos-search plot search --run runs/embedded --out docs/studies/search.png
 
 # The paper's studies on the searched profile of the embedded model, and their figures; goes on where it was stopped.
-SEARCHED := runs/embedded/theta.json
+ABLATE := $(BIN)/eos-search ablate
+PLOT := $(BIN)/eos-search plot
+STUDIES := results/studies
 ablations: setup
-	$(BIN)/eos-search ablate alignment --config embedded --steps 100 --per-kind 50 --out results/embedded-alignment.json
-	$(BIN)/eos-search plot alignment --raw results/embedded-alignment.json --out docs/embedded-alignment.png
-	for study in placement operator robustness; do \
-		$(BIN)/eos-search ablate $$study --profile $(SEARCHED) --per-kind 50 --out results/embedded-$$study.json \
-		&& $(BIN)/eos-search plot $$study --raw results/embedded-$$study.json --out docs/embedded-$$study.png || exit 1; done
-	$(BIN)/eos-search plot search --run runs/embedded --out docs/embedded-search.png
-	$(BIN)/eos-search plot patches --profile $(SEARCHED) --budgets 192,64,16 --out docs/embedded-patches.png
-	$(BIN)/eos-search plot equivalence --out docs/equivalence.png
+	$(ABLATE) alignment --config embedded --steps 100 --lambdas 0,0.1,1 --per-kind 50 --out $(STUDIES)/alignment.json
+	$(ABLATE) placement --profile $P --budgets 64,16 --per-kind 50 --out $(STUDIES)/placement.json
+	$(ABLATE) operator --profile $P --budgets 16 --per-kind 50 --out $(STUDIES)/operator.json
+	$(ABLATE) robustness --profile $P --budgets 64,16 --per-kind 50 --out $(STUDIES)/robustness.json
+	for study in alignment placement operator robustness; do \
+		$(PLOT) $$study --raw $(STUDIES)/$$study.json --out docs/studies/$$study.png || exit 1; done
+	$(PLOT) margin --raw results/embedded-accuracy.json --profile $P --against prune@$P --out docs/studies/margin.png
+	$(PLOT) profile --profile $P --budgets 192,64,16 --out docs/studies/profile.png
+	$(PLOT) patches --profile $P --budgets 192,64,16 --out docs/studies/patches.png
+	$(PLOT) equivalence --out docs/studies/equivalence.png
 
 bench: setup
 	$(BIN)/python benchmarks/throughput.py
