@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m loadtests.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results/loadtest-cpu"))
+    parser.add_argument("results", type=Path, nargs="?", default=Path("runs/loadtest"))
     parser.add_argument("--slo", default=None, help="limits of goodput in milliseconds, e.g. ttft:2000,tpot:100")
     parser.add_argument("--out", type=Path, default=None, help="folder of the report (default: report in the results)")
     parser.add_argument("--markdown", action="store_true", help="print the table of the README, write nothing")

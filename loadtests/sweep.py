@@ -1,6 +1,6 @@
 """Throughput against the retain budget, stock vLLM against eos: raw results for ``loadtests.report``.
 
-    python -m loadtests.sweep --out results/loadtest-cpu         # half an hour on 2 cores
+    python -m loadtests.sweep --out runs/loadtest         # half an hour on 2 cores
     python -m loadtests.sweep --out results/mine --stock-url http://a:8000 --eos-url http://b:8000 --served-name llava
 
 Each cell is one locust run; what it gave is written before the next begins. A sweep that was stopped, or killed, goes
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m loadtests.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("results/loadtest-cpu"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs/loadtest"), help="default: %(default)s")
     add_arguments(parser)
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)

@@ -51,7 +51,7 @@ class SweepOptions:
     eos_url: str | None = None
     served_name: str | None = None
     accuracy: bool = True
-    accuracy_profile: str = "embedded-eos"
+    accuracy_profile: str = "embedded-searched"
     accuracy_requests: int = 200
     accuracy_concurrency: int = 8
 

@@ -24,7 +24,7 @@ from eos_vllm.core.plan import ImageSpan, Planner
 from eos_vllm.core.profile import Profile
 from eos_vllm.models.images import to_data_url
 
-PROFILE = "embedded-eos"
+PROFILE = "embedded-searched"
 QUESTIONS = 10
 LEAST_RIGHT = 9
 STOCK = "stock"

@@ -15,4 +15,4 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert "all 30 requests answered, all budgets held" in out
     assert re.search(r"^stock \(576\) +(9|10) of 10 right$", out, re.MULTILINE)
     assert re.search(r"answer +truth$", out, re.MULTILINE)
-    assert "eos: profile 'embedded-eos' reduces after layers" in out
+    assert "eos: profile 'embedded-searched' reduces after layers" in out

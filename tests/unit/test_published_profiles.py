@@ -20,6 +20,7 @@ ALL = [
     "embedded-eos",
     "embedded-fastv",
     "embedded-pool",
+    "embedded-searched",
     "embedded-sparsevlm-v2",
     "embedded-tome-style",
     "eos-llava-1.5-7b",
@@ -41,7 +42,7 @@ def test_the_list_is_complete() -> None:
 def test_each_is_named_after_its_file_and_says_where_it_comes_from(name: str) -> None:
     profile = profiles.load(name)
     assert profile.name == name == profiles.path(name).stem
-    assert "source" in profile.provenance
+    assert {"source", "command"} & set(profile.provenance)
     assert len(profile.description) > 100
     if not name.startswith("embedded"):
         assert "Exact: " in profile.description
