@@ -1,4 +1,4 @@
-"""The embedded model: transformers and vLLM agree on it, it answers rightly, and pruning decides (issue 3)."""
+"""The embedded model: transformers and vLLM agree on it, it answers rightly, and the searched profile is served as searched (issues 3, 4)."""
 
 import json
 from typing import Any
@@ -16,7 +16,7 @@ from eos_vllm.models.tiny import tensor_shapes
 from eos_vllm.models.tokenizer import EOS_ID
 from support.engines import Ask, answer_all, engine
 
-PROFILE = "embedded-sparsevlm-v2"
+PROFILE = "embedded-searched"
 REDUCED = 32
 TOKENS = 3
 
