@@ -78,10 +78,10 @@ ABLATE := $(BIN)/eos-search ablate
 PLOT := $(BIN)/eos-search plot
 STUDIES := results/studies
 ablations: setup
-	$(ABLATE) alignment --config embedded --steps 100 --lambdas 0,0.1,1 --per-kind 50 --out $(STUDIES)/alignment.json
-	$(ABLATE) placement --profile $P --budgets 64,16 --per-kind 50 --out $(STUDIES)/placement.json
-	$(ABLATE) operator --profile $P --budgets 16 --per-kind 50 --out $(STUDIES)/operator.json
-	$(ABLATE) robustness --profile $P --budgets 64,16 --per-kind 50 --out $(STUDIES)/robustness.json
+	$(ABLATE) alignment --config embedded --steps 100 --lambdas 0,0.1,1 --per-kind 40 --out $(STUDIES)/alignment.json
+	$(ABLATE) placement --profile $P --budgets 64,16 --per-kind 40 --out $(STUDIES)/placement.json
+	$(ABLATE) operator --profile $P --budgets 16 --per-kind 40 --out $(STUDIES)/operator.json
+	$(ABLATE) robustness --profile $P --budgets 64,16 --per-kind 40 --out $(STUDIES)/robustness.json
 	for study in alignment placement operator robustness; do \
 		$(PLOT) $$study --raw $(STUDIES)/$$study.json --out docs/studies/$$study.png || exit 1; done
 	$(PLOT) margin --raw results/embedded-accuracy.json --profile $P --against prune@$P --out docs/studies/margin.png

@@ -1,4 +1,4 @@
-"""The embedded model: transformers and vLLM agree on it, it answers rightly, and the searched profile is served as searched (issues 3, 4)."""
+"""The embedded model: transformers and vLLM agree on it, with the searched profile, too; it answers rightly (3, 4)."""
 
 import json
 from typing import Any
