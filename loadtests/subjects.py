@@ -125,8 +125,10 @@ def pool_bytes(options: SweepOptions, phase: str, subject: Subject) -> int:
 
 
 @contextmanager
-def serving(options: SweepOptions, phase: str, subject: Subject) -> Iterator[tuple[Servers | GivenServers, str]]:
-    """The servers of a phase, and the name under which they serve.
+def serving(
+    options: SweepOptions, phase: str, subject: Subject, environment: dict[str, str] | None = None
+) -> Iterator[tuple[Servers | GivenServers, str]]:
+    """The servers of a phase, with further environment variables, and the name under which they serve.
 
     Raises:
         ServerError: one did not start.
@@ -146,6 +148,7 @@ def serving(options: SweepOptions, phase: str, subject: Subject) -> Iterator[tup
         block_size=options.block_size,
         images=1 if set(options.scenarios) <= {"single", "several", "text_only"} else 2,
         arguments=options.arguments(),
+        environment=environment or {},
     )
     with servers(spec, options.serial) as pair:
         yield pair, MODEL_NAME
