@@ -19,9 +19,10 @@ eos-search evaluate --table {raw}{against} \\
     --page {page} --figure {folder}{figure}
 ```
 
-from the raw result `{raw}`, which keeps every reply; `make accuracy` measures what it lacks. {questions} questions
-about {images} images of {source}, greedy, {through}; percent of right answers with 95 % intervals by bootstrap
-over images (kinds weigh alike in the average). Measured at commit {commit} on {machine}.
+from the raw result, which keeps every reply; `make accuracy` measures what it lacks. {questions} questions on {images}
+images of {source}, greedy, {through}; percent of right answers with 95 %
+intervals by bootstrap over images (kinds weigh alike in the average). Measured at commit {commit} on
+{machine}.
 
 A budget is what is left of an image's tokens after the last reducer. `prune@P`, `merge@P`, `pool@P` and `reweight@P`
 have the layers, counts and choice of tokens of profile P, and that corner of the operator in place of its own.

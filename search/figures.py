@@ -26,12 +26,19 @@ def accuracy_figure(result: dict[str, Any], file: Path) -> None:
         -(-len(kinds) // columns), columns, figsize=(4 * columns, 3.6 * -(-len(kinds) // columns)), squeeze=False
     )
     names = dict.fromkeys(case["profile"] for case in result["cases"] if case["budget"] is not None)
+    palette = pyplot.get_cmap("tab20")
+    colours = ["black", *(palette(n % palette.N) for n in range(len(names)))]
     for axis, kind in zip(axes.flat, kinds, strict=False):
-        for number, name in enumerate(names):
+        for number, (name, colour) in enumerate(zip(names, colours, strict=False)):
             line = sorted((c["budget"], Share(**c["accuracy"][kind])) for c in result["cases"] if _is(c, name))
             budgets, values = [b for b, _ in line], [100 * s.value for _, s in line]
-            axis.plot(budgets, values, marker=_MARKS[number % len(_MARKS)], markersize=4, label=name)
-            axis.fill_between(budgets, [100 * s.low for _, s in line], [100 * s.high for _, s in line], alpha=0.15)
+            ends = [100 * s.low for _, s in line], [100 * s.high for _, s in line]
+            mark = _MARKS[number % len(_MARKS)]
+            # The first profile is what the others are there for.
+            axis.plot(
+                budgets, values, marker=mark, markersize=4, linewidth=1.5 if number else 3, color=colour, label=name
+            )
+            axis.fill_between(budgets, *ends, alpha=0.1, color=colour)
         for case in result["cases"]:
             if case["budget"] is None:
                 style = "--" if case["profile"] == "none" else ":"
