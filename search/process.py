@@ -16,12 +16,18 @@ def leave_signals_to_the_main_process(_worker: int) -> None:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Deterministic kernels, as far as there are any; what was set before comes back."""
+    """Deterministic kernels, as far as there are any; what was set before comes back.
+
+    And one thread: kernels of the CPU divide their sums by the number of threads, and so would the result depend on it.
+    """
+    threads = torch.get_num_threads()
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(before, warn_only=warned)
 
 

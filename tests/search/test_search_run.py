@@ -15,6 +15,7 @@ from search_cases import make_rules, make_settings, make_theta
 from eos_search.examples import Broken
 from eos_search.loop import DivergedError, StepResult, StepSampler, Trainer
 from eos_search.objective import Objective, TaskTerms
+from eos_search.process import deterministic
 from eos_search.run import Interrupted, run_search
 from eos_search.run_folder import read_records
 from eos_search.settings import read_config, read_settings
@@ -74,6 +75,17 @@ def test_theta_moves(finished: Path) -> None:
     values = read_records(finished)[4]["values"]
     for kind in KINDS:
         assert values[kind][1] != read_records(finished)[0]["values"][kind][1]
+
+
+def test_the_number_of_threads_is_no_part_of_the_result() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with deterministic():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_same_seed_gives_the_same_profile(small_path: Path, finished: Path, tmp_path: Path) -> None:
