@@ -92,8 +92,7 @@ ablations: setup
 bench: setup
 	$(BIN)/python benchmarks/throughput.py
 
-# Stock against eos over HTTP, half an hour on two cores; what was stopped goes on where it was. The committed results are
-# those of LOADTEST=results/loadtest-cpu.
+# Stock against eos over HTTP, half an hour on two cores; what was stopped goes on where it was.
 LOADTEST ?= runs/loadtest
 loadtest: setup
 	$(BIN)/python -m loadtests.sweep --out $(LOADTEST)

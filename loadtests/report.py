@@ -1,6 +1,6 @@
 """One HTML page and its pictures from a sweep's raw results, and from nothing else.
 
-python -m loadtests.report results/loadtest-cpu
+python -m loadtests.report                          # runs/loadtest, what make loadtest measured
 python -m loadtests.report results/loadtest-cpu --slo ttft:2000,tpot:100 --markdown
 """
 

@@ -25,7 +25,8 @@ intervals by bootstrap over images (kinds weigh alike in the average). Measured 
 {machine}.
 
 A budget is what is left of an image's tokens after the last reducer. `prune@P`, `merge@P`, `pool@P` and `reweight@P`
-have the layers, counts and choice of tokens of profile P, and that corner of the operator in place of its own.
+have the layers, counts and choice of tokens of profile P, and that corner of the operator in place of its own
+(reweighting scales K kept tokens by 1 + 1/K on average, which changes few replies, or none).
 `random@P` and `oracle@P` are yardsticks: P itself, with patches chosen by lot, or with the objects' patches first;
 the oracle doesn't know the question. What a profile does is told by `eos-vllm profile show NAME`. Profiles with other
 layers may carry more tokens through the early ones at the same budget: see the layer average at the end of this page.

@@ -32,6 +32,7 @@ class Case:
         budget: retain budget per image; None for the profile's own.
         selection: who chooses in place of attention: ``random``, ``oracle`` or None.
         blind: the model is shown another row's image.
+        corner: which corner of the operator stands in the profile in place of its own.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     budget: int | None
     selection: str | None = None
     blind: bool = False
+    corner: str | None = None
 
 
 class Answerer(Protocol):
@@ -192,10 +194,10 @@ class ServerAnswerer:
         """As :class:`Answerer`.
 
         Raises:
-            EosError: a selection that a server cannot make, or a request that failed.
+            EosError: a selection or corner that a server doesn't have, or a request that failed.
         """
         for case in cases:
-            if case.selection or case.blind:
+            if case.selection or case.corner or case.blind:
                 raise EosError("profile", case.name, "is not served", "leave --base-url out to use the reference")
 
         def ask(case: Case, row: Row) -> str:

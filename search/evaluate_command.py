@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, or draws what was evaluated."""
     check(args)
     result = read_result(args.table) if args.table else measure(args)
-    if args.against and args.against not in {case["profile"] for case in result["cases"]}:
-        raise EosError("--against", args.against, "is not among the cases", "name one of the profiles")
+    if args.against and args.against not in {case["profile"] for case in result["cases"] if case["budget"]}:
+        raise EosError("--against", args.against, "is not among the cases with a budget", "name one of the profiles")
     kinds = list(result["cases"][0]["accuracy"])
     print("\n\n".join(table(result, kind) for kind in [kinds[-1], *kinds[:-1]]))
     if args.against:

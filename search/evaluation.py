@@ -39,15 +39,16 @@ def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
             remedy = f"choose from {', '.join((*SELECTIONS, *CORNERS))} before the @"
             raise EosError("profiles", name, "names neither a selection nor a corner", remedy)
         profile = profiles.resolve(source)
-        if change in CORNERS:
-            profile = at_corner(profile, change)
+        corner = change if change in CORNERS else None
         selection = change if change in SELECTIONS else None
+        if corner:
+            profile = at_corner(profile, corner)
         for budget in budgets:
             kept_counts(profile, budget)
             label = f"{selection}@{profile.name}" if selection else profile.name
             if any(case.name == label and case.profile != profile for case in found):
                 raise EosError("profiles", label, "is the name of two profiles", "give each its own")
-            case = Case(label, profile, budget, selection)
+            case = Case(label, profile, budget, selection, corner=corner)
             if case not in found:
                 found.append(case)
     return found

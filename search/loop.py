@@ -78,8 +78,9 @@ class Trainer:
         values = ThetaValues(mapped.table.detach().requires_grad_())
         structure = read_structure(values, self.rules)
         served = [read_structure(values, self.rules, budget) for budget in self.settings.serve_budgets] or [structure]
-        # Places in the batch of all processes: with any number of them an example gets the same budget.
-        first, apart = self.accelerator.process_index, self.accelerator.num_processes
+        # Budgets take turns over the examples of all steps and processes, in the order of the data.
+        first = self.scheduler.last_epoch * self.settings.batch_size + self.accelerator.process_index
+        apart = self.accelerator.num_processes
         taken = [
             (example, served[(first + apart * i) % len(served)])
             for i, example in enumerate(batch)

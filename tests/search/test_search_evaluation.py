@@ -82,6 +82,9 @@ def test_a_stopped_evaluation_goes_on_from_its_file(tmp_path, tiny_model, capsys
     assert set(second["cases"][1]["loyalty"]) == set(second["cases"][1]["accuracy"])
     assert "| embedded-pool |" in table(second)
     assert [line.split(" | ")[0] for line in margins_table(second, "embedded-pool").splitlines()[2:]] == ["| none"]
+    for name in ("nothing", "none"):
+        with pytest.raises(EosError, match=f"--against='{name}'"):
+            run(arguments("--table", str(out), "--against", name))
     with pytest.raises(EosError, match="--against='nothing'"):
         run(arguments("--table", str(out), "--against", "nothing"))
     common[3] = "3"
@@ -210,8 +213,9 @@ def test_a_server_is_asked_in_order_with_each_budget(rows, monkeypatch):
     server.failing = True
     with pytest.raises(EosError, match="connection refused"):
         found.answer(rows, wanted, lambda n: None)
-    with pytest.raises(EosError, match="is not served"):
-        found.answer(rows, cases(["random@embedded-pool"], [16]), lambda n: None)
+    for name in ("random@embedded-pool", "prune@embedded-pool"):
+        with pytest.raises(EosError, match="is not served"):
+            found.answer(rows, cases([name], [16]), lambda n: None)
     with pytest.raises(EosError, match="name one of embedded"):
         ServerAnswerer("http://x/v1", "another")
 

@@ -302,6 +302,11 @@ def test_budgets_take_turns_in_a_batch(tmp_path: Path) -> None:
     batch = [Toy("a"), Toy("b"), Broken(2, "c", "torn"), Toy("d"), Toy("e")]
     assert trainer.step(batch, task).structure.counts == (19, 10)
     assert seen == [("a", 20), ("b", 4), ("d", 4), ("e", 20)]
+    seen.clear()
+    trainer = make_trainer(make_theta({1: 0.5, 3: 0.5}), tmp_path, serve_budgets=(20, 4), batch_size=1)
+    for name in "abc":
+        trainer.step([Toy(name)], task)
+    assert [name for name, count in seen if count >= 18] == ["a", "c"]
     with pytest.raises(SettingError, match=r"serve_budgets=.*at least 1"):
         make_settings(tmp_path, tmp_path, serve_budgets=(20, 0))
 
