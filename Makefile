@@ -80,7 +80,7 @@ STUDIES := results/studies
 ablations: setup
 	$(ABLATE) alignment --config embedded --steps 100 --lambdas 0,0.1,1 --per-kind 40 --out $(STUDIES)/alignment.json
 	$(ABLATE) placement --profile $P --budgets 64,16 --per-kind 40 --out $(STUDIES)/placement.json
-	$(ABLATE) operator --profile $P --budgets 16 --per-kind 40 --out $(STUDIES)/operator.json
+	$(ABLATE) operator --profile $P --budgets 16 --per-kind 20 --out $(STUDIES)/operator.json
 	$(ABLATE) robustness --profile $P --budgets 64,16 --per-kind 40 --out $(STUDIES)/robustness.json
 	for study in alignment placement operator robustness; do \
 		$(PLOT) $$study --raw $(STUDIES)/$$study.json --out docs/studies/$$study.png || exit 1; done
