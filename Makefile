@@ -77,11 +77,15 @@ search: setup
 ABLATE := $(BIN)/eos-search ablate
 PLOT := $(BIN)/eos-search plot
 STUDIES := results/studies
+T := $(STUDIES)/trials
+TRIALS := $T/one-budget.json,$T/four-budgets.json,$T/aligned.json,$T/aligned-warm.json,$P,$T/searched-relevant-text.json,\
+	$T/searched-last-text.json
 ablations: setup
 	$(ABLATE) alignment --config embedded --steps 100 --lambdas 0,0.1,1 --per-kind 40 --out $(STUDIES)/alignment.json
 	$(ABLATE) placement --profile $P --budgets 64,16 --per-kind 40 --out $(STUDIES)/placement.json
 	$(ABLATE) operator --profile $P --budgets 16 --per-kind 20 --out $(STUDIES)/operator.json
 	$(ABLATE) robustness --profile $P --budgets 64,16 --per-kind 40 --out $(STUDIES)/robustness.json
+	$(ABLATE) budgets --profiles '$(TRIALS)' --split validation --budgets 192,64,16 --per-kind 40 --out $(STUDIES)/trials.json
 	for study in alignment placement operator robustness; do \
 		$(PLOT) $$study --raw $(STUDIES)/$$study.json --out docs/studies/$$study.png || exit 1; done
 	$(PLOT) margin --raw results/embedded-accuracy.json --profile $P --against prune@$P --out docs/studies/margin.png

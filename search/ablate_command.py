@@ -131,7 +131,7 @@ def make_study(args: argparse.Namespace) -> Any:
     if args.study == "alignment":
         return _alignment(args)
     if args.study == "budgets":
-        named = [profiles.resolve(name) for name in args.profiles.split(",")]
+        named = [profiles.resolve(name.strip()) for name in args.profiles.split(",")]
         return Study("budgets", tuple(variants.Variant(p.name, p, {"layers": list(p.layers)}) for p in named))
     base = profiles.resolve(args.profile)
     if args.study == "placement":
