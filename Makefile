@@ -71,7 +71,7 @@ accuracy: setup
 # Searches a profile on the embedded model; what was stopped goes on with --resume.
 search: setup
 	$(BIN)/eos-search run --config embedded
-	$(BIN)/eos-search plot search --run runs/embedded --out docs/studies/search.png
+	$(BIN)/eos-search plot search --run runs/embedded --out runs/embedded/search.png
 
 # The paper's studies on the searched profile of the embedded model, and their figures; goes on where it was stopped.
 ABLATE := $(BIN)/eos-search ablate
@@ -91,6 +91,7 @@ ablations: setup
 	$(PLOT) margin --raw results/embedded-accuracy.json --profile $P --against prune@$P --out docs/studies/margin.png
 	$(PLOT) profile --profile $P --budgets 192,64,16 --out docs/studies/profile.png
 	$(PLOT) patches --profile $P --budgets 192,64,16 --out docs/studies/patches.png
+	$(PLOT) search --run results/embedded-search --out docs/studies/search.png
 	$(PLOT) equivalence --out docs/studies/equivalence.png
 
 bench: setup
