@@ -129,6 +129,19 @@ def test_killed_and_resumed_it_ends_the_same(
     assert json.loads((tmp_path / "run/run.json").read_text())["search"]["first_step"] == (count - 1) // 2 * 2
 
 
+def test_budgets_go_on_where_they_were(small_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three budgets for batches of two: every step begins with another one."""
+    changes: dict[str, Any] = {"serve_budgets": (20, 10, 4)}
+    whole = run_search(make_settings(small_path, tmp_path / "whole", **changes), quiet=True)
+    settings = make_settings(small_path, tmp_path / "run", **changes)
+    breaks_at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        run_search(settings, quiet=True)
+    monkeypatch.undo()
+    assert run_search(settings, resume=True, quiet=True).records == whole.records
+    assert (tmp_path / "run/theta.json").read_bytes() == whole.path.read_bytes()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves(
     small_path: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
