@@ -81,11 +81,9 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
         def build(
             self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
         ) -> Any:
-            geometry = self.eos_batch.geometry(self.eos_segment, common_attn_metadata)
-            slots = self.eos_slot_mapping(common_attn_metadata.block_table_tensor)
-            common = geometry.metadata.replace(
-                block_table_tensor=common_attn_metadata.block_table_tensor, slot_mapping=slots
-            )
+            common = copy.copy(self.eos_batch.geometry(self.eos_segment, common_attn_metadata).metadata)
+            common.block_table_tensor = common_attn_metadata.block_table_tensor
+            common.slot_mapping = slots = self.eos_slot_mapping(common.block_table_tensor)
             metadata = super().build(common_prefix_len, common, *args, **kwargs)
             metadata.slot_mapping = slots
             return metadata
@@ -101,12 +99,13 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
             geometry = self.eos_batch.geometry_of(self.eos_segment)
             size, block = geometry.metadata.num_actual_tokens, self.kv_cache_spec.block_size
             slots = self.eos_slots[:size]
-            tokens = geometry.rows.shape[0] if self.eos_batch.is_real else 0
-            slots[tokens:] = PADDING_SLOT
+            tokens = geometry.num_tokens if self.eos_batch.is_real else 0
+            if tokens < size:
+                slots[tokens:] = PADDING_SLOT
             if tokens:
-                index = geometry.positions // block
-                blocks = block_table[geometry.rows, index].long()
-                torch.add(blocks * block, geometry.positions - index * block, out=slots[:tokens])
+                entry, offset = geometry.places(block_table.shape[1], block)
+                blocks = block_table.reshape(-1).index_select(0, entry)
+                torch.add(offset, blocks, alpha=block, out=slots[:tokens])
             return slots
 
     class SegmentImpl(underlying_impl):

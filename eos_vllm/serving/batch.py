@@ -1,11 +1,13 @@
 """What the worker knows of the batch at hand, and the lengths that each segment sees of it.
 
 One integer per request and segment, the tokens that are gone, turns vLLM's metadata into the segment's. A decode step
-costs one subtraction per segment; the integers are sent to the device only when the batch changes.
+costs one subtraction per segment; the integers are sent to the device only when the batch changes. What depends on the
+segment alone is computed once per step, however many KV groups the segment was cut into.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +43,28 @@ class SegmentGeometry:
     metadata: CommonAttentionMetadata
     rows: torch.Tensor
     positions: torch.Tensor
+    _places: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the segment caches in this step, padding left out."""
+        return self.rows.shape[0]
+
+    def places(self, width: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the tokens go, before it is known which blocks are the requests'; the same for a segment's KV groups.
+
+        Args:
+            width: blocks per row of the block table.
+            block_size: tokens per block.
+
+        Returns:
+            Index of each token's entry in the flattened block table, and its offset in the block, both ``[tokens]``.
+        """
+        if (known := self._places.get((width, block_size))) is None:
+            block = self.positions // block_size
+            offset = torch.sub(self.positions, block, alpha=block_size)
+            known = self._places[width, block_size] = torch.add(block, self.rows, alpha=width), offset
+        return known
 
 
 class BatchState:
@@ -106,27 +130,22 @@ class BatchState:
         n = common.num_reqs
         removed = self._removed[segment, :n]
         seq_lens = torch.sub(common.seq_lens, self._removed_device[segment, :n], out=self._seq_lens[segment, :n])
-        changes = {
-            "seq_lens": seq_lens,
-            "seq_lens_cpu_upper_bound": None,
-            "max_seq_len": common.max_seq_len,
-            "_num_computed_tokens_cache": None,
-            "_token_to_req_indices_cache": None,
-        }
+        metadata = copy.copy(common)
+        metadata.seq_lens = seq_lens
+        metadata._num_computed_tokens_cache = metadata._token_to_req_indices_cache = None
         if common.seq_lens_cpu_upper_bound is not None:
-            upper = common.seq_lens_cpu_upper_bound - torch.from_numpy(removed)
-            changes["seq_lens_cpu_upper_bound"] = upper
+            upper = common.seq_lens_cpu_upper_bound.numpy() - removed
+            metadata.seq_lens_cpu_upper_bound = torch.from_numpy(upper)
             if self.is_real:
-                changes["max_seq_len"] = int(upper.max())
+                metadata.max_seq_len = int(upper.max())
         if self.prefills_images and self._query_removed[segment].any():
             lengths = common.query_start_loc_cpu.diff().numpy() - self._query_removed[segment, :n]
             starts = np.zeros(n + 1, np.int32)
             np.cumsum(lengths, out=starts[1:])
-            changes["query_start_loc_cpu"] = torch.from_numpy(starts)
-            changes["query_start_loc"] = _to_device(starts, self.device)
-            changes["num_actual_tokens"] = int(starts[-1])
-            changes["max_query_len"] = int(lengths.max())
-        metadata = common.replace(**changes)
+            metadata.query_start_loc_cpu = torch.from_numpy(starts)
+            metadata.query_start_loc = _to_device(starts, self.device)
+            metadata.num_actual_tokens = int(starts[-1])
+            metadata.max_query_len = int(lengths.max())
         return SegmentGeometry(metadata, *self._token_positions(metadata))
 
     def _token_positions(self, metadata: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:

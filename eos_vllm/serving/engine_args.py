@@ -188,8 +188,21 @@ def finish(vllm_config: Any) -> None:
     if compilation.cudagraph_mode == CUDAGraphMode.FULL:
         # A full graph of a mixed batch would replay the unreduced forward pass.
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    forget_model_classes()
     install_request_checks(planner)
     install_stat_logger()
+
+
+def forget_model_classes() -> None:
+    """Lets an engine with a profile start in a process, or a fork of one, that ran the same model without.
+
+    Symptom: the worker refuses to start, for its KV groups are no segments'. Cause: vLLM remembers a model's class by
+    name and architecture, and ``model_class_overrides`` is not in the key. Why safe: what is forgotten is looked up
+    again. Can go when the overrides are part of the key.
+    """
+    from vllm.model_executor.model_loader import utils
+
+    utils._MODEL_ARCH_BY_HASH.clear()
 
 
 def check_model(profile: Profile, model_config: Any) -> None:

@@ -1,7 +1,6 @@
 """A KV cache that really shrinks: one KV group per segment, with as many blocks as the plan says (design 5.2)."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -47,32 +46,19 @@ class SegmentManager(FullAttentionManager):
         plan = self.plans.get(request_id)
         return num_tokens if plan is None else plan.segment_length(self.kv_cache_spec.segment, num_tokens)
 
-    def get_num_blocks_to_allocate(  # type: ignore[override]
-        self,
-        request_id: str,
-        num_tokens: int,
-        new_computed_blocks: Sequence[KVCacheBlock],
-        total_computed_tokens: int,
-        num_local_computed_tokens: int,
-        num_tokens_main_model: int,
-        **kwargs: Any,
-    ) -> int:
-        """As vLLM's, of the segment's own token count; only ``num_tokens`` matters without prefix caching."""
-        return super().get_num_blocks_to_allocate(
-            request_id,
-            self.tokens_of(request_id, num_tokens),
-            new_computed_blocks,
-            total_computed_tokens,
-            num_local_computed_tokens,
-            self.tokens_of(request_id, num_tokens_main_model),
-            **kwargs,
-        )
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *_: Any, **__: Any) -> int:
+        """Blocks that the segment's own token count lacks; without prefix caching nothing else matters.
+
+        Asked for every KV group, request and decode step, and therefore short.
+        """
+        needed = cdiv(self.tokens_of(request_id, num_tokens), self.block_size)
+        return max(needed - len(self.req_to_blocks.get(request_id, ())), 0)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """As vLLM's, of the segment's own token count."""
-        blocks = super().allocate_new_blocks(
-            request_id, self.tokens_of(request_id, num_tokens), self.tokens_of(request_id, num_tokens_main_model)
-        )
+        if not self.get_num_blocks_to_allocate(request_id, num_tokens):
+            return []
+        blocks = super().allocate_new_blocks(request_id, self.tokens_of(request_id, num_tokens), num_tokens_main_model)
         self.blocks_held += len(blocks)
         return blocks
 

@@ -9,8 +9,10 @@ Can go when the V2 runner, which has ``ModelState.prepare_attn`` for this, is th
 import functools
 from typing import Any
 
+from vllm.v1.worker.block_table import SlotMappingMode
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from eos_vllm.serving.attention import PADDING_SLOT
 from eos_vllm.serving.batch import BatchRow
 from eos_vllm.serving.proof import prove_worker
 from eos_vllm.serving.requests import plan_of_features
@@ -34,6 +36,7 @@ def hook_v1_runner() -> None:
         result = initialize(self, kv_cache_config, *args, **kwargs)
         if reduction := reduction_of(self):
             prove_worker(reduction, self.kv_cache_config, self.max_model_len)
+            skip_slot_mappings(self.input_batch)
         return result
 
     GPUModelRunner._build_attention_metadata = build_with_rows  # type: ignore[method-assign]
@@ -43,6 +46,16 @@ def hook_v1_runner() -> None:
 def reduction_of(runner: Any) -> Any:
     """The :class:`eos_vllm.serving.model.Reduction` of the runner's model, None without a profile."""
     return getattr(runner.get_model(), "eos", None)
+
+
+def skip_slot_mappings(input_batch: Any) -> None:
+    """Spares vLLM the slots that it computes per KV group and step, and which nothing reads: segments have their own.
+
+    What is left in vLLM's buffers is padding, so that whoever read them all the same would write nowhere.
+    """
+    for table in input_batch.block_table.block_tables:
+        table.slot_mapping_mode = SlotMappingMode.NONE
+        table.slot_mapping.gpu.fill_(PADDING_SLOT)
 
 
 def _rows(runner: Any, planner: Any, scheduled: dict[str, int] | None) -> list[BatchRow] | None:

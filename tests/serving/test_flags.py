@@ -88,6 +88,18 @@ def test_without_a_profile_nothing_changes(tiny_model: Path) -> None:
     assert not config.parallel_config.worker_extension_cls
 
 
+def test_a_profile_after_the_same_model_without(tiny_model: Path, profile_file: Path) -> None:
+    """In one process, as in a notebook that compares: vLLM must not remember the model's class."""
+    from vllm.model_executor.model_loader import utils
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    utils.get_model_architecture(configure(tiny_model, []).model_config)
+    for key, (_, architecture) in utils._MODEL_ARCH_BY_HASH.items():
+        utils._MODEL_ARCH_BY_HASH[key] = LlavaForConditionalGeneration, architecture
+    config = configure(tiny_model, ["--eos-profile", str(profile_file)])
+    assert utils.get_model_architecture(config.model_config)[0].__name__ == "EosLlavaForConditionalGeneration"
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
