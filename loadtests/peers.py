@@ -1,7 +1,9 @@
 """The field's own load testers on the same requests: ``vllm bench serve``, and guidellm where it is installed."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from loadtests.scenarios import Ask, visits
 from loadtests.settings import BUDGET_FIELD, Workload
 
 _TAIL = 2000
+_PATIENCE = 1800.0
 
 
 class PeerError(RuntimeError):
@@ -44,9 +47,19 @@ def _budget(workload: Workload) -> dict[str, Any]:
 
 
 def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise PeerError(f"{command[0]} ended with code {done.returncode}:\n{(done.stdout + done.stderr)[-_TAIL:]}")
+    # In a session of its own, so that a tester that hangs goes with the processes it started.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as tester:
+        try:
+            said, _ = tester.communicate(timeout=_PATIENCE)
+        except BaseException as e:
+            os.killpg(tester.pid, signal.SIGKILL)
+            if isinstance(e, subprocess.TimeoutExpired):
+                raise PeerError(f"{command[0]} was ended: it had not finished after {_PATIENCE:.0f} s") from None
+            raise
+    if tester.returncode != 0:
+        raise PeerError(f"{command[0]} ended with code {tester.returncode}:\n{said[-_TAIL:]}")
 
 
 def _all_answered(tester: str, answered: int, workload: Workload) -> None:
@@ -97,7 +110,10 @@ def vllm_bench_command(workload: Workload, folder: Path, tokenizer: str) -> list
 
 
 def guidellm_command() -> str | None:
-    """The ``guidellm`` command, None where there is none. It lives best in an environment of its own."""
+    """The ``guidellm`` command, None where there is none. It lives best in an environment of its own.
+
+    It must have been installed as ``guidellm[vision]``: without, it skips every image and waits for ever.
+    """
     return shutil.which("guidellm") or shutil.which("guidellm", path=str(Path(sys.executable).parent))
 
 

@@ -1,11 +1,13 @@
 """The field's own load testers: what they are asked to send, and when figures agree."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from load_builders import workload, write_rows
 
@@ -153,3 +155,21 @@ def test_whole_cross_check(rate: float, code: int, tmp_path: Path, monkeypatch: 
     assert len(found["runs"]) == 4
     assert {row["server"] for row in found["comparison"]} == {"stock", "eos"}
     assert str(tmp_path) not in json.dumps({k: v for k, v in found.items() if k != "provenance"})
+
+
+def test_a_tester_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_PATIENCE", 0.5)
+    child = tmp_path / "child"
+    with pytest.raises(PeerError, match="had not finished"):
+        peers._run(["sh", "-c", f"sleep 60 & echo $! > {child}; wait"])
+    deadline = time.monotonic() + 10
+    while _lives(int(child.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
