@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,16 @@ def test_without_a_profile_no_statistics_are_turned_on() -> None:
     from importlib.metadata import entry_points
 
     assert not [e for e in entry_points(group="vllm.stat_logger_plugins") if e.name == "eos"]
+
+
+def test_plugins_loaded_before_anything_else() -> None:
+    """A program may load plugins first and make engine arguments later."""
+    program = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from vllm.engine.arg_utils import EngineArgs; raise SystemExit(not EngineArgs.eos_installed)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_profile_nothing_changes(tiny_model: Path) -> None:
