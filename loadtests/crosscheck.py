@@ -1,6 +1,6 @@
 """The same requests by locust, by ``vllm bench serve`` and, where it is installed, by guidellm: do they agree?
 
-    python -m loadtests.crosscheck --out results/crosscheck-cpu.json         # about five minutes on 2 cores
+    python -m loadtests.crosscheck --out results/crosscheck-cpu.json         # six minutes on 2 cores, ten with guidellm
 
 All testers take turns on the same servers, stock and eos at one budget. Figures agree where their ranges over repeats,
 widened by the tolerance, touch.
