@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from eos_vllm.core.plan import RequestPlan
-from support.engines import engine
+from support.engines import answer_all, engine, mixed_asks
 from support.profiles import make_profile
 
 
@@ -51,6 +51,16 @@ def test_a_manager_that_allocates_for_all_tokens(tiny_model: Path, monkeypatch: 
     monkeypatch.setattr(SegmentManager, "tokens_of", lambda self, request_id, num_tokens: num_tokens)
     with pytest.raises(RuntimeError, match=r"planned .* promised"):
         start(tiny_model)
+
+
+def test_no_one_writes_by_vllms_own_slots(tiny_model: Path) -> None:
+    """They are for unreduced lengths; they stay padding, through prefill and decode."""
+    with engine(tiny_model, make_profile()) as llm:
+        answer_all(llm, mixed_asks(4))
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        tables = runner.input_batch.block_table.block_tables
+        assert len(tables) == len(runner.kv_cache_config.kv_cache_groups)
+        assert all((table.slot_mapping.gpu == -1).all() for table in tables)
 
 
 def test_a_prompt_in_parts_is_never_run(tiny_model: Path) -> None:
