@@ -1,4 +1,4 @@
-"""The reference: a frozen Hugging Face LLaVA with hard top-K reducers, one request at a time (issue 2, item 5).
+"""The reference: a frozen Hugging Face LLaVA with hard top-K reducers, one request at a time.
 
 It shares operator, importance and plan with the server and nothing else: plain transformers layers, a transformers
 cache whose layers differ in length, no paging, no batching. What the server answers is held against it token by token.
@@ -70,15 +70,24 @@ class SharedPrefix:
 class ReferenceModel:
     """A Hugging Face LLaVA with a Llama-family language model, and perhaps a profile."""
 
-    def __init__(self, model: Any, processor: Any, profile: Profile | None, retain: int | None = None) -> None:
-        """Wraps a loaded model; its weights stay as they are.
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        profile: Profile | None,
+        retain: int | None = None,
+        block: int = 1,
+        marker: Sequence[int] = (),
+    ) -> None:
+        """Wraps a loaded model; its weights stay as they are. ``block`` and ``marker`` are those of
+        :class:`~eos_vllm.core.plan.Planner`.
 
         Raises:
             SettingError: the profile was made for another depth.
         """
         self.model = model.eval()
         self.processor = processor
-        self.planner = None if profile is None else Planner(profile, retain)
+        self.planner = None if profile is None else Planner(profile, retain, block, marker)
         self.decoder: Any = model.model.language_model
         depth = len(self.decoder.layers)
         if profile is not None and profile.model.num_decoder_layers != depth:
@@ -87,11 +96,17 @@ class ReferenceModel:
 
     @classmethod
     def from_pretrained(
-        cls, path: str, profile: Profile | None, retain: int | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        path: str,
+        profile: Profile | None,
+        retain: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        block: int = 1,
+        marker: Sequence[int] = (),
     ) -> "ReferenceModel":
         """Loads model and processor with transformers."""
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        return cls(model, AutoProcessor.from_pretrained(path), profile, retain)
+        return cls(model, AutoProcessor.from_pretrained(path), profile, retain, block, marker)
 
     @torch.no_grad()
     def embed(self, prompt: str, images: Sequence[Image.Image]) -> tuple[torch.Tensor, list[ImageSpan], torch.Tensor]:
@@ -123,6 +138,7 @@ class ReferenceModel:
         budget: int | None = None,
         scores: torch.Tensor | None = None,
         shared: SharedPrefix | None = None,
+        ids: Sequence[int] | None = None,
     ) -> Prefill:
         """Runs the prompt through the decoder layers, with a reducer after each active one.
 
@@ -133,13 +149,14 @@ class ReferenceModel:
             scores: importance of the image's tokens ``[visual tokens]`` in place of attention, for baselines such as
                 random selection; one image only.
             shared: :meth:`share` of the same first tokens, under any profile with the same first reducer.
+            ids: tokens of the prompt, for windows that end at the chat template's marker.
         """
         if scores is not None and len(spans) != 1:
             raise SettingError(
                 "scores", len(spans), "is the number of images, not 1", "give scores with one image only"
             )
         tokens = len(embeddings)
-        plan = RequestPlan(tokens, (), ()) if self.planner is None else self.planner.plan(tokens, spans, budget)
+        plan = RequestPlan(tokens, (), ()) if self.planner is None else self.planner.plan(tokens if ids is None else ids, spans, budget)
         cache = DynamicCache(config=self.decoder.config)
         layout = weights = None
         if self.planner is not None and plan.reduces:
@@ -155,7 +172,7 @@ class ReferenceModel:
                 out = self._behind(shared, index, hidden, rotary, cache)
             else:
                 out = layer(hidden[None], position_embeddings=rotary, past_key_values=cache, use_cache=True)[0]
-            if self.planner is None or layout is None or weights is None or index not in self.planner.profile.layers:
+            if self.planner is None or layout is None or index not in self.planner.profile.layers:
                 hidden = out
                 continue
             reducer = self.planner.profile.layers.index(index)
@@ -223,8 +240,8 @@ class ReferenceModel:
         stop: int | None = None,
     ) -> Generation:
         """Answers greedily, ``max_tokens`` tokens or up to ``stop``; positions go on from the unreduced prompt."""
-        embeddings, spans, _ = self.embed(prompt, images)
-        return self.answer(self.prefill(embeddings, spans, budget, scores), len(embeddings), max_tokens, stop)
+        embeddings, spans, ids = self.embed(prompt, images)
+        return self.answer(self.prefill(embeddings, spans, budget, scores, ids=ids.tolist()), len(embeddings), max_tokens, stop)
 
     @torch.no_grad()
     def answer(self, state: Prefill, prompt_length: int, max_tokens: int, stop: int | None = None) -> Generation:

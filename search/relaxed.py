@@ -164,7 +164,7 @@ class RelaxedModel:
         if structure.profile is None:
             none = tuple((span.length,) for span in example.spans)
             return RequestPlan(example.prompt_length, tuple(example.spans), none), None
-        plan = Planner(structure.profile).plan(example.prompt_length, example.spans)
+        plan = Planner(structure.profile).plan(range(example.prompt_length), example.spans)
         row = Row(len(example.embeddings), plan)
         rule = self.rules.importance.queries
         return plan, build_layout([row], plan.num_segments, rule, example.embeddings.device)

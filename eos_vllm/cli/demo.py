@@ -142,7 +142,7 @@ def ask_all(server: Server, profile: Profile, token_bytes: int) -> list[Row]:
                 extra_body=extra,
             )
             elapsed = (time.monotonic() - start) * 1000
-            plan = planner.plan(total, [ImageSpan(0, total)], budget)
+            plan = planner.plan(range(total), [ImageSpan(0, total)], budget)
             kept = plan.kept[0]
             held = sum(n * k for n, k in zip(profile.segment_layers(), kept, strict=True)) * token_bytes
             name = label if budget is None else f"{label} ({budget})"

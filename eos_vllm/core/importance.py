@@ -1,4 +1,4 @@
-"""Importance of visual tokens: the attention that they receive from chosen query tokens (design section 3).
+"""Importance of visual tokens: the attention that they receive from chosen query tokens.
 
 The query choice is a weight vector, not an index list, so that nothing on the device has to be read back.
 """

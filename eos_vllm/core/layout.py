@@ -1,8 +1,11 @@
-"""Where tokens stand, before and after each reducer, in a ragged batch: host integers only, uploaded once per step."""
+"""Where tokens stand, before and after each reducer, in a ragged batch: host integers only, uploaded once per step.
+
+Rows are tokens of the step at hand. A request's earlier tokens are cached; where a reducer needs their keys, these
+follow the keys of the step.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +16,11 @@ from eos_vllm.core.profile import QueryRule
 
 @dataclass(frozen=True)
 class Row:
-    """One request's tokens in a forward pass; ``plan`` is None where they pass unchanged (decode, text only)."""
+    """One request's tokens in a forward pass, behind ``computed`` earlier ones whose KV is cached."""
 
     num_tokens: int
     plan: RequestPlan | None = None
+    computed: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,15 @@ class ImageGroup:
     Attributes:
         total: visual tokens of each before the reducer, N.
         keep: visual tokens of each after it, K.
-        longest: tokens of the longest of their requests, L.
+        longest: keys of the longest of their requests, L.
         images: their indices among all images of the batch ``[B]``.
-        first_row: row at which each image's request begins ``[B]``.
+        first_row: row of each request's key 0, were all of its keys in this step ``[B]``.
+        cached: keys of earlier steps of each request ``[B]``; None where none has any.
+        first_cached: place of the first of these in the key tensor ``[B]``.
         first_visual: row of each image's first visual token ``[B]``.
         first_kept: row of its first kept token after the reducer ``[B]``.
         query_rows: rows of the query tokens ``[B, T]``.
-        visible: tokens of the own request that each query may see ``[B, T]``.
+        visible: leading keys of the own request that each query may see ``[B, T]``.
         keeps_last: 1 where the last visual token must stay because the prompt ends in it ``[B]``; None if nowhere.
     """
 
@@ -42,6 +48,8 @@ class ImageGroup:
     longest: int
     images: torch.Tensor
     first_row: torch.Tensor
+    cached: torch.Tensor | None
+    first_cached: torch.Tensor | None
     first_visual: torch.Tensor
     first_kept: torch.Tensor
     query_rows: torch.Tensor
@@ -51,13 +59,20 @@ class ImageGroup:
 
 @dataclass(frozen=True)
 class ReducerStep:
-    """What one reducer does to a batch: ``source[j]`` is the row that row j comes from (kept ones filled in later).
+    """What one reducer does to a batch.
 
-    ``tokens_in`` and ``tokens_kept`` count the visual tokens of all images of the batch.
+    Attributes:
+        source: row that each row after the reducer comes from (those of kept tokens are filled in later).
+        groups: the images that it reduces.
+        cached: requests whose keys of earlier steps are needed, as ``(request, number of keys)``; these keys follow
+            those of the step in this order.
+        tokens_in: visual tokens of all images of the batch before the reducer.
+        tokens_kept: and after it.
     """
 
     source: torch.Tensor
     groups: tuple[ImageGroup, ...]
+    cached: tuple[tuple[int, int], ...]
     tokens_in: int
     tokens_kept: int
 
@@ -68,17 +83,22 @@ class BatchLayout:
 
     Attributes:
         steps: one per reducer.
-        text_rows: rows of the text behind each image ``[images, T]``, padded with row 0.
+        num_images: images that the pass reduces.
+        text_rows: rows of the text that asks about each image ``[images, T]``, padded with row 0.
         text_mask: which of them are real ``[images, T]`` bool.
         visual_groups: for each length of image: indices among the images, and first rows.
-        segment_lengths: tokens of each row in each segment ``[segments][rows]``.
+        segment_lengths: tokens of each request in each segment ``[segments][requests]``.
     """
 
     steps: tuple[ReducerStep, ...]
+    num_images: int
     text_rows: torch.Tensor
     text_mask: torch.Tensor
     visual_groups: tuple[tuple[int, torch.Tensor, torch.Tensor], ...]
     segment_lengths: np.ndarray
+
+
+_Slot = tuple[int, tuple[int, ...]]
 
 
 class _Upload:
@@ -89,7 +109,7 @@ class _Upload:
         self.arrays: list[np.ndarray] = []
         self.size = 0
 
-    def add(self, values: np.ndarray | Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    def add(self, values: np.ndarray | Sequence[int]) -> _Slot:
         array = np.asarray(values, dtype=np.int64)
         slot = (self.size, array.shape)
         self.arrays.append(array.reshape(-1))
@@ -102,138 +122,165 @@ class _Upload:
             flat = flat.pin_memory()
         self.flat = flat.to(self.device, non_blocking=True)
 
-    def view(self, slot: tuple[int, tuple[int, ...]]) -> torch.Tensor:
+    def view(self, slot: _Slot) -> torch.Tensor:
         start, shape = slot
         return self.flat[start : start + int(np.prod(shape))].view(shape)
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of the batch: its request, that request's plan, and its place there."""
+
+    request: int
+    plan: RequestPlan
+    index: int
+
+    def query_rows(self, segment: int, first_row: int, last_only: bool) -> np.ndarray:
+        """Rows of the queries in a segment; ``first_row`` is the row of the request's token 0."""
+        plan, i = self.plan, self.index
+        if plan.image_queries:
+            end = first_row + plan.segment_start(i, segment) + plan.kept[i][segment]
+            return np.arange(end - min(plan.image_queries, plan.kept[i][segment]), end)
+        runs = plan.query_runs(i)
+        if not runs:  # no text follows: the window's last token asks
+            return np.array([first_row + plan.segment_length(segment, plan.windows[i]) - 1])
+        if last_only:
+            start, end, before = runs[-1]
+            runs = ((end - 1, end, before),)
+        return np.concatenate([np.arange(a, b) - plan.lost[n][segment] for a, b, n in runs]) + first_row
 
 
 def build_layout(rows: Sequence[Row], num_segments: int, rule: QueryRule, device: torch.device) -> BatchLayout:
     """Lays out a batch that holds at least one image to reduce.
 
     Args:
-        rows: the requests in batch order; a row with a plan holds its whole prompt (and perhaps generated tokens).
+        rows: the requests in batch order; an image is in a step with its whole window.
         num_segments: reducers plus one.
         rule: query rule; ``last_text`` needs only one query per image.
         device: where the tensors go.
 
     Returns:
         The layout; nothing in it depends on weights or scores.
+
+    Raises:
+        ValueError: a step holds an image without its window.
     """
-    lengths = np.array(
-        [
-            [r.plan.segment_length(s, r.num_tokens) if r.plan else r.num_tokens for r in rows]
-            for s in range(num_segments)
-        ]
-    )
+    computed = np.array([row.computed for row in rows])
+    cached = np.tile(computed, (num_segments, 1))
+    lengths = np.tile(np.array([row.num_tokens for row in rows]), (num_segments, 1))
+    images: list[_Image] = []
+    for r, row in enumerate(rows):
+        if (plan := row.plan) is None:
+            continue
+        for s in range(1, num_segments):
+            cached[s, r] = plan.segment_length(s, row.computed)
+            lengths[s, r] = plan.segment_length(s, row.computed + row.num_tokens) - cached[s, r]
+        images.extend(_Image(r, plan, i) for i in plan.images_in(row.computed, row.computed + row.num_tokens))
     starts = np.concatenate([np.zeros((num_segments, 1), np.int64), lengths.cumsum(axis=1)], axis=1)
-    images = [(r, i) for r, row in enumerate(rows) if row.plan for i in range(len(row.plan.spans))]
-    queries = [_plan(rows, r).query_positions(i) for r, i in images]
-    if rule == "last_text":
-        queries = [q[-1:] for q in queries]
-    width = max(len(q) for q in queries)
+    # Row of each request's token 0, were it in this step.
+    origins = starts[:, :-1] - cached
     upload = _Upload(device)
-    text = np.zeros((len(images), width), np.int64)
-    mask = np.zeros((len(images), width), np.int64)
-    for row_of_text, row_of_mask, positions, (r, _) in zip(text, mask, queries, images, strict=True):
-        row_of_text[: len(positions)] = starts[0, r] + np.array(positions)
-        row_of_mask[: len(positions)] = 1
-    text_slot, mask_slot = upload.add(text), upload.add(mask)
+    queries = [image.query_rows(0, int(origins[0, image.request]), rule == "last_text") for image in images]
+    text = upload.add(_padded(queries, 0))
+    mask = upload.add(_padded([np.ones_like(q) for q in queries], 0))
     by_length: dict[int, list[int]] = {}
-    for n, (r, i) in enumerate(images):
-        by_length.setdefault(_plan(rows, r).spans[i].length, []).append(n)
-    visual_slots = [
-        (
-            length,
-            upload.add(ns),
-            upload.add([starts[0, images[n][0]] + _plan(rows, images[n][0]).spans[images[n][1]].start for n in ns]),
-        )
-        for length, ns in by_length.items()
+    for n, image in enumerate(images):
+        by_length.setdefault(image.plan.spans[image.index].length, []).append(n)
+    visual = [
+        (total, upload.add(ns), upload.add([_first_visual(images[n], 0, origins) for n in ns]))
+        for total, ns in by_length.items()
     ]
-    drafts = [_draft_step(rows, images, queries, s, lengths, starts, upload) for s in range(num_segments - 1)]
+    drafts = [
+        _StepDraft(images, rule, segment, cached, lengths, starts, origins, upload)
+        for segment in range(num_segments - 1)
+    ]
     upload.send()
     return BatchLayout(
-        steps=tuple(_finish_step(draft, upload) for draft in drafts),
-        text_rows=upload.view(text_slot),
-        text_mask=upload.view(mask_slot).bool(),
-        visual_groups=tuple((length, upload.view(ns), upload.view(first)) for length, ns, first in visual_slots),
+        steps=tuple(draft.finish(upload) for draft in drafts),
+        num_images=len(images),
+        text_rows=upload.view(text),
+        text_mask=upload.view(mask).bool(),
+        visual_groups=tuple((total, upload.view(ns), upload.view(first)) for total, ns, first in visual),
         segment_lengths=lengths,
     )
 
 
-def _plan(rows: Sequence[Row], r: int) -> RequestPlan:
-    plan = rows[r].plan
-    assert plan is not None
-    return plan
+def _first_visual(image: _Image, segment: int, origins: np.ndarray) -> int:
+    return int(origins[segment, image.request]) + image.plan.segment_start(image.index, segment)
 
 
-def _draft_step(
-    rows: Sequence[Row],
-    images: list[tuple[int, int]],
-    queries: list[tuple[int, ...]],
-    segment: int,
-    lengths: np.ndarray,
-    starts: np.ndarray,
-    upload: _Upload,
-) -> tuple[Any, list[Any], int, int]:
-    after = segment + 1
-    source = np.zeros(starts[after, -1], np.int64)
-    for r, row in enumerate(rows):
-        _fill_source(source, row, segment, int(starts[segment, r]), int(starts[after, r]))
-    by_counts: dict[tuple[int, int], list[int]] = {}
-    for n, (r, i) in enumerate(images):
-        total, keep = _plan(rows, r).kept[i][segment : after + 1]
-        if keep < total:
-            by_counts.setdefault((total, keep), []).append(n)
-    groups = []
-    for (total, keep), members in by_counts.items():
-        width = max(len(queries[n]) for n in members)
-        query_rows = np.zeros((len(members), width), np.int64)
-        visible = np.ones((len(members), width), np.int64)
-        columns: list[tuple[int, int, int, int]] = []
-        for b, n in enumerate(members):
-            r, i = images[n]
-            plan, first = _plan(rows, r), int(starts[segment, r])
-            within = [plan.segment_length(segment, p + 1) for p in queries[n]]
-            query_rows[b, : len(within)] = first + np.array(within) - 1
-            visible[b, : len(within)] = within
-            keeps_last = plan.last_token_is_visual and i == len(plan.spans) - 1
-            first_kept = int(starts[after, r]) + plan.segment_start(i, after)
-            columns.append((first, first + plan.segment_start(i, segment), first_kept, int(keeps_last)))
-        first_row, first_visual, first_kept_all, last = zip(*columns, strict=True)
-        longest = int(max(lengths[segment, images[n][0]] for n in members))
-        slots = [upload.add(a) for a in (members, first_row, first_visual, first_kept_all, query_rows, visible)]
-        groups.append((total, keep, longest, slots, upload.add(last) if any(last) else None))
-    tokens_in, tokens_kept = (sum(_plan(rows, r).kept[i][s] for r, i in images) for s in (segment, after))
-    return upload.add(source), groups, tokens_in, tokens_kept
+def _padded(arrays: Sequence[np.ndarray], value: int) -> np.ndarray:
+    table = np.full((len(arrays), max(map(len, arrays))), value, np.int64)
+    for row, array in zip(table, arrays, strict=True):
+        row[: len(array)] = array
+    return table
 
 
-def _fill_source(source: np.ndarray, row: Row, segment: int, first: int, first_after: int) -> None:
-    """Rows that pass unchanged; those of reduced images are written on the device once the scores are known."""
-    plan = row.plan
-    if plan is None:
-        source[first_after : first_after + row.num_tokens] = np.arange(first, first + row.num_tokens)
-        return
-    read, write = first, first_after
-    for i in range(len(plan.spans)):
-        here = first + plan.segment_start(i, segment)
-        total, keep = plan.kept[i][segment], plan.kept[i][segment + 1]
-        passing = here - read + (keep if keep == total else 0)
-        source[write : write + passing] = np.arange(read, read + passing)
-        write = first_after + plan.segment_start(i, segment + 1) + keep
-        read = here + total
-    tail = first + plan.segment_length(segment, row.num_tokens) - read
-    source[write : write + tail] = np.arange(read, read + tail)
+class _StepDraft:
+    """One reducer's arrays on their way to the device."""
 
+    def __init__(
+        self,
+        images: list[_Image],
+        rule: QueryRule,
+        segment: int,
+        cached: np.ndarray,
+        lengths: np.ndarray,
+        starts: np.ndarray,
+        origins: np.ndarray,
+        upload: _Upload,
+    ) -> None:
+        after = segment + 1
+        self.tokens_in, self.tokens_kept = (sum(i.plan.kept[i.index][s] for i in images) for s in (segment, after))
+        # Rows move up by what the images in front of them lost; where an image stood, the gap opens.
+        gaps = np.zeros(int(starts[after, -1]) + 1, np.int64)
+        by_counts: dict[tuple[int, int], list[int]] = {}
+        for n, image in enumerate(images):
+            total, keep = image.plan.kept[image.index][segment : after + 1]
+            gaps[_first_visual(image, after, origins) + keep] += total - keep
+            if keep < total:
+                by_counts.setdefault((total, keep), []).append(n)
+        self.source = upload.add((np.arange(len(gaps)) + gaps.cumsum())[:-1])
+        reduced = sorted({images[n].request for members in by_counts.values() for n in members})
+        self.cached = tuple((r, int(cached[segment, r])) for r in reduced if cached[segment, r])
+        places, behind = {}, int(starts[segment, -1])
+        for r, count in self.cached:
+            places[r], behind = behind, behind + count
+        self.groups: list[tuple[int, int, int, list[_Slot | None]]] = []
+        for (total, keep), members in by_counts.items():
+            group = [images[n] for n in members]
+            requests = [image.request for image in group]
+            rows = [i.query_rows(segment, int(origins[segment, i.request]), rule == "last_text") for i in group]
+            visible = [row - origins[segment, r] + 1 for row, r in zip(rows, requests, strict=True)]
+            last = [int(i.plan.last_token_is_visual and i.index == len(i.plan.spans) - 1) for i in group]
+            takes_over = any(r in places for r in requests)
+            self.groups.append((
+                total,
+                keep,
+                int((cached + lengths)[segment, requests].max()),
+                [
+                    upload.add(members),
+                    upload.add(origins[segment, requests]),
+                    upload.add(cached[segment, requests]) if takes_over else None,
+                    upload.add([places.get(r, 0) for r in requests]) if takes_over else None,
+                    upload.add([_first_visual(i, segment, origins) for i in group]),
+                    upload.add([_first_visual(i, after, origins) for i in group]),
+                    upload.add(_padded(rows, 0)),
+                    upload.add(_padded(visible, 1)),
+                    upload.add(last) if any(last) else None,
+                ],
+            ))
 
-def _finish_step(draft: tuple[Any, list[Any], int, int], upload: _Upload) -> ReducerStep:
-    source, groups, tokens_in, tokens_kept = draft
-    finished = []
-    for total, keep, longest, slots, last in groups:
-        images, first_row, first_visual, first_kept, query_rows, visible = (upload.view(slot) for slot in slots)
-        keeps_last = None if last is None else upload.view(last)
-        finished.append(
-            ImageGroup(
-                total, keep, longest, images, first_row, first_visual, first_kept, query_rows, visible, keeps_last
+    def finish(self, upload: _Upload) -> ReducerStep:
+        """The step, once the arrays are on the device."""
+        groups = []
+        for total, keep, longest, slots in self.groups:
+            members, row, cached, place, visual, kept, queries, visible, last = (
+                None if slot is None else upload.view(slot) for slot in slots
             )
-        )
-    return ReducerStep(upload.view(source), tuple(finished), tokens_in, tokens_kept)
+            assert members is not None and row is not None and visual is not None and kept is not None
+            assert queries is not None and visible is not None
+            groups.append(
+                ImageGroup(total, keep, longest, members, row, cached, place, visual, kept, queries, visible, last)
+            )
+        return ReducerStep(upload.view(self.source), tuple(groups), self.cached, self.tokens_in, self.tokens_kept)

@@ -1,15 +1,18 @@
-"""The reduction plan of one request: a pure function of profile, image spans and budget.
+"""The reduction plan of one request: a pure function of profile, prompt, image spans, budget and KV block size.
 
 The scheduler, each worker and the reference compute it for themselves and must agree; nothing here depends on
 weights, on attention scores, or on the tokens that were generated.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from eos_vllm.core.budget import kept_counts
 from eos_vllm.core.profile import Profile
+from eos_vllm.core.windows import IMAGE_QUERIES, WindowRule
 
 _REMEMBERED = 4096
 
@@ -27,6 +30,14 @@ class ImageSpan:
 
 
 @dataclass(frozen=True)
+class AtomicSpan:
+    """Tokens ``[start, end)`` that one step must hold together: images, and the windows that score them."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class RequestPlan:
     """What is kept of one request.
 
@@ -34,42 +45,52 @@ class RequestPlan:
         prompt_length: tokens of the unreduced prompt, visual ones included.
         spans: the images, ascending and disjoint.
         kept: for each image the visual tokens left in each segment; ``kept[i][0]`` is the image's own length.
+        windows: for each image the position behind the last token that may score it, ascending.
+        image_queries: this many of an image's own last tokens score it, and no text; 0 where text does.
     """
 
     prompt_length: int
     spans: tuple[ImageSpan, ...]
     kept: tuple[tuple[int, ...], ...]
+    windows: tuple[int, ...] = ()
+    image_queries: int = 0
 
     @property
     def num_segments(self) -> int:
         return len(self.kept[0]) if self.kept else 1
 
     @cached_property
-    def removed(self) -> tuple[int, ...]:
-        """Tokens that each segment lacks once the prompt is in: the one number per segment that serving needs."""
-        if not self.kept:
-            return ()
-        return tuple(sum(k[0] - k[s] for k in self.kept) for s in range(self.num_segments))
+    def lost(self) -> tuple[tuple[int, ...], ...]:
+        """``lost[n][s]``: tokens of the first n images that segment s lacks."""
+        rows = [(0,) * self.num_segments]
+        for kept in self.kept:
+            rows.append(tuple(gone + kept[0] - k for gone, k in zip(rows[-1], kept, strict=True)))
+        return tuple(rows)
 
-    @property
+    @cached_property
+    def removed(self) -> tuple[int, ...]:
+        """Tokens that each segment lacks once all images are in: the one number per segment that a decode step needs."""
+        return self.lost[-1] if self.kept else ()
+
+    @cached_property
     def reduces(self) -> bool:
         """Whether any segment lacks any token."""
         return any(self.removed)
 
-    @property
+    @cached_property
     def images_end(self) -> int:
         """Position after the last visual token; 0 for text only."""
         return self.spans[-1].end if self.spans else 0
 
     @property
     def last_token_is_visual(self) -> bool:
-        """Whether the prompt ends in an image, whose last token is then kept for the sampler (design section 3)."""
+        """Whether the prompt ends in an image, whose last token is then kept for the sampler."""
         return bool(self.spans) and self.images_end == self.prompt_length
 
     def segment_length(self, segment: int, num_tokens: int) -> int:
         """Tokens that segment ``segment`` caches when the first ``num_tokens`` tokens of the request are in.
 
-        Exact for whole prompts and later. Within an image, which serving never splits, it is the most that may be kept.
+        Exact outside of images. Within one, where no step ends, it is the most that may be kept.
         """
         if not self.kept or segment == 0:
             return num_tokens
@@ -83,42 +104,149 @@ class RequestPlan:
 
     def segment_start(self, image: int, segment: int) -> int:
         """Index, within the request's tokens of segment ``segment``, of the first visual token of image ``image``."""
-        return self.spans[image].start - sum(k[0] - k[segment] for k in self.kept[:image])
+        return self.spans[image].start - self.lost[image][segment]
+
+    def query_runs(self, image: int) -> tuple[tuple[int, int, int], ...]:
+        """The text that image ``image`` is asked about: what stands behind it in its window, between later images.
+
+        Returns:
+            Runs ``(start, end, images in front of it)`` of unreduced positions; none where no text follows.
+        """
+        window, runs = self.windows[image], []
+        for n in range(image, len(self.spans)):
+            start = self.spans[n].end
+            end = min(window, self.spans[n + 1].start) if n + 1 < len(self.spans) else window
+            if start < end:
+                runs.append((start, end, n + 1))
+        return tuple(runs)
 
     def query_positions(self, image: int) -> tuple[int, ...]:
-        """Unreduced positions of the text that image ``image`` is asked about: prompt text behind it.
+        """Unreduced positions of :meth:`query_runs`; the window's last token where there is no text."""
+        text = tuple(p for start, end, _ in self.query_runs(image) for p in range(start, end))
+        return text or (self.windows[image] - 1,)
 
-        Text in front of later images counts too; where there is none it is the prompt's last token (design section 3).
+    # What steps, chunks and caches need.
+
+    @cached_property
+    def atomic_spans(self) -> tuple[AtomicSpan, ...]:
+        """What no prefill step may cut: each image with its window; those that overlap are one."""
+        joined: list[AtomicSpan] = []
+        for span, window in zip(self.spans, self.windows, strict=True):
+            if joined and span.start < joined[-1].end:
+                joined[-1] = AtomicSpan(joined[-1].start, max(joined[-1].end, window))
+            else:
+                joined.append(AtomicSpan(span.start, window))
+        return tuple(joined)
+
+    def images_in(self, computed: int, end: int) -> range:
+        """Images that a step over the tokens ``[computed, end)`` reduces.
+
+        Raises:
+            ValueError: the step holds an image without its whole window.
         """
-        starts = [span.start for span in self.spans[image + 1 :]] + [self.prompt_length]
-        ends = [span.end for span in self.spans[image:]]
-        text = tuple(p for end, start in zip(ends, starts, strict=True) for p in range(end, start))
-        return text or (self.prompt_length - 1,)
+        if computed >= self.images_end:
+            return range(0)
+        inside = [i for i, span in enumerate(self.spans) if computed <= span.start < end]
+        if any(self.windows[i] > end for i in inside) or not self.may_resume_at(computed):
+            raise ValueError(
+                f"tokens {computed} to {end - 1} cut an image {list(self.spans)} from its window {list(self.windows)}"
+            )
+        return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+    def may_resume_at(self, position: int) -> bool:
+        """Whether KV of the first ``position`` tokens can be taken over: anywhere but within an image.
+
+        Within a window it can, for what is kept is settled by then; the rest of the window is text like any other.
+        """
+        return not any(span.start < position < span.end for span in self.spans)
+
+    def clip(self, computed: int, tokens: int) -> int:
+        """As many of ``tokens`` behind ``computed`` as a step may take without cutting an image from its window."""
+        if computed >= self.images_end:
+            return tokens
+        end = computed + tokens
+        for span, window in zip(reversed(self.spans), reversed(self.windows), strict=True):
+            if computed <= span.start < end < window:
+                end = span.start
+        return end - computed
+
+    def settled_by(self, segment: int, length: int) -> int:
+        """Position up to which the prompt decides what the first ``length`` tokens of segment ``segment`` are."""
+        position = length
+        for i, kept in enumerate(self.kept):
+            start = self.segment_start(i, segment)
+            if length <= start:
+                break
+            behind = length > start + kept[segment]
+            position = length + self.lost[i + 1][segment] if behind else self.spans[i].end
+        return max([position, *(w for span, w in zip(self.spans, self.windows, strict=True) if span.start < position)])
+
+    def reductions(self, segment: int, position: int) -> tuple[Any, ...]:
+        """All that, beside the tokens before ``position``, decides what segment ``segment`` holds of them."""
+        return tuple(
+            (span.start, window, kept[: segment + 1], window == self.prompt_length == span.end)
+            for span, window, kept in zip(self.spans, self.windows, self.kept, strict=True)
+            if span.start < position
+        )
+
+
+def rounded_count(total: int, keep: int, block: int) -> int:
+    """The count next to ``keep`` that removes whole KV blocks of ``block`` tokens and leaves at least one token.
+
+    A compact block behind an image then covers exactly one block of unreduced tokens, which is what lets vLLM's prefix
+    cache share it.
+    """
+    return total - min(int((total - keep) / block + 0.5), (total - 1) // block) * block
 
 
 class Planner:
     """Plans requests for one profile; remembers the counts of each budget, for schedulers ask often."""
 
-    def __init__(self, profile: Profile, budget: int | None = None) -> None:
-        """``budget`` replaces the profile's own where a request names none (``--eos-retain``)."""
+    def __init__(self, profile: Profile, budget: int | None = None, block: int = 1, marker: Sequence[int] = ()) -> None:
+        """Plans by ``profile``.
+
+        Args:
+            profile: the operator profile.
+            budget: replaces the profile's own where a request names none (``--eos-retain``).
+            block: tokens per KV block, to which removed tokens are rounded; 1 takes counts as they are.
+            marker: tokens of the chat template's generation prompt (:class:`~eos_vllm.core.windows.WindowRule`).
+        """
         self.profile = profile
         self.budget = profile.budget.tokens if budget is None else budget
-        self._counts: dict[int, tuple[int, ...]] = {}
+        self.block = block
+        self.rule = WindowRule(profile.window, tuple(marker))
+        self._counts: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    def counts(self, budget: int | None = None) -> tuple[int, ...]:
-        """Counts of :func:`eos_vllm.core.budget.kept_counts`, with the same errors."""
+    def counts(self, budget: int | None = None, total: int | None = None) -> tuple[int, ...]:
+        """Visual tokens of one image left after each reducer, rounded to blocks.
+
+        Args:
+            budget: as the request names it.
+            total: visual tokens of the image; the profile's where None.
+
+        Raises:
+            BudgetError: as :func:`eos_vllm.core.budget.kept_counts`.
+        """
         budget = self.budget if budget is None else budget
-        if (counts := self._counts.get(budget)) is None:
+        total = self.profile.model.visual_tokens if total is None else total
+        if (counts := self._counts.get((budget, total))) is None:
             if len(self._counts) >= _REMEMBERED:
                 self._counts.clear()
-            counts = self._counts[budget] = kept_counts(self.profile, budget)
+            wanted = kept_counts(self.profile, budget)
+            if budget >= self.profile.model.visual_tokens and str(budget) not in self.profile.schedules:
+                wanted = (budget,) * len(wanted)  # no reduction, of images that are longer than the profile's either
+            counts = tuple(rounded_count(total, min(count, total), self.block) for count in wanted)
+            self._counts[budget, total] = counts
         return counts
 
-    def plan(self, prompt_length: int, spans: Sequence[ImageSpan], budget: int | None = None) -> RequestPlan:
+    def plan(
+        self, prompt: Sequence[int] | int, spans: Sequence[ImageSpan], budget: int | None = None
+    ) -> RequestPlan:
         """Plans one request.
 
         Args:
-            prompt_length: tokens of the prompt, each image counted with all its visual tokens.
+            prompt: its tokens, each image with all its visual tokens. Their number does where the profile's window is
+                the whole prompt.
             spans: where the images are; sorted here.
             budget: retain budget per image, as the request names it.
 
@@ -127,14 +255,18 @@ class Planner:
 
         Raises:
             BudgetError: as :func:`eos_vllm.core.budget.kept_counts`.
-            ValueError: spans that overlap or leave the prompt.
+            ValueError: spans that overlap or leave the prompt, or windows that need the prompt's tokens.
         """
+        if isinstance(prompt, int):
+            if self.rule.reads_tokens:
+                raise ValueError("windows of kind turn need the tokens of the prompt, not their number")
+            prompt = range(prompt)
         ordered = tuple(sorted(spans, key=lambda span: span.start))
         if not ordered:
-            return RequestPlan(prompt_length, (), ())
-        ends = [0, *(span.end for span in ordered)]
-        if any(span.start < end for span, end in zip(ordered, ends, strict=False)) or ends[-1] > prompt_length:
-            raise ValueError(f"image spans {ordered} overlap or leave the prompt of {prompt_length} tokens")
-        counts = self.counts(budget)
-        kept = tuple((span.length, *(min(count, span.length) for count in counts)) for span in ordered)
-        return RequestPlan(prompt_length, ordered, kept)
+            return RequestPlan(len(prompt), (), ())
+        overlap = any(a.end > b.start for a, b in itertools.pairwise(ordered))
+        if overlap or ordered[0].start < 0 or ordered[-1].end > len(prompt):
+            raise ValueError(f"image spans {ordered} overlap or leave the prompt of {len(prompt)} tokens")
+        kept = tuple((span.length, *self.counts(budget, span.length)) for span in ordered)
+        asked = IMAGE_QUERIES if self.rule.kind == "image" else 0
+        return RequestPlan(len(prompt), ordered, kept, self.rule.ends(prompt, ordered), asked)

@@ -1,6 +1,7 @@
-"""The operator profile, schema ``eos-profile/1``: what the search exports and the server serves.
+"""The operator profile: what the search exports and the server serves.
 
-Terms and ranges are fixed by the design (section 3); the parameters are those of the paper's Eq. 9 and Definition 2.1.
+The parameters are those of the paper's Eq. 9 and Definition 2.1. Schema ``eos-profile/2`` adds ``importance.window`` and
+the query rule ``image``; a file of ``eos-profile/1`` means what it always meant: all later text of the prompt asks.
 """
 
 import itertools
@@ -13,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from eos_vllm.core.errors import ProfileError
 from eos_vllm.core.operator import OperatorParams
 
-SCHEMA = "eos-profile/1"
+SCHEMA = "eos-profile/2"
+SCHEMAS = ("eos-profile/1", SCHEMA)
 MAX_BYTES = 1 << 20
 
-QueryRule = Literal["relevant_text", "all_text", "last_text"]
+QueryRule = Literal["relevant_text", "all_text", "last_text", "image"]
+WindowKind = Literal["prompt", "turn", "image"]
 BudgetMeasure = Literal["final", "layer_average"]
 
 
@@ -33,9 +36,14 @@ class ModelSpec(_Part):
 
 
 class ImportanceSpec(_Part):
-    """How visual tokens are scored: which text queries count, and how heads are joined (paper Eq. 7's q)."""
+    """How visual tokens are scored: which queries count, and how heads are joined (paper Eq. 7's q).
+
+    ``window`` bounds the text that counts (:mod:`eos_vllm.core.windows`): ``turn`` where absent, ``prompt`` in schema 1.
+    ``queries: image`` lets the image's own last tokens ask, whatever the question; its window is the image.
+    """
 
     queries: QueryRule = "relevant_text"
+    window: Literal["prompt", "turn"] | None = None
     heads: Literal["mean"] = "mean"
 
 
@@ -47,7 +55,7 @@ class OperatorSpec(_Part):
 
 
 class Reducer(_Part):
-    """One active reducer. It works after decoder layer ``layer`` (counted from 0) has run (design section 3)."""
+    """One active reducer. It works after decoder layer ``layer`` (counted from 0) has run."""
 
     layer: int = Field(ge=-1)
     gate: float = Field(ge=0, le=1)
@@ -75,7 +83,7 @@ class Budget(_Part):
 class Profile(_Part):
     """A complete operator profile; immutable. ``schedules`` maps a budget to the counts kept after each reducer."""
 
-    schema_: Literal["eos-profile/1"] = Field(alias="schema")
+    schema_: Literal["eos-profile/1", "eos-profile/2"] = Field(alias="schema")
     name: str = Field(min_length=1, max_length=200)
     description: str = Field(default="", max_length=4000)
     model: ModelSpec
@@ -101,6 +109,10 @@ class Profile(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         layers, depth, visual = self.layers, self.model.num_decoder_layers, self.model.visual_tokens
+        if self.schema_ != SCHEMA and (self.importance.window or self.importance.queries == "image"):
+            raise ValueError(f"importance: window and queries=image need schema {SCHEMA}")
+        if self.importance.window and self.importance.queries == "image":
+            raise ValueError("importance.window: queries=image has no window but the image; leave it out")
         for i, reducer in enumerate(self.reducers):
             if reducer.layer < 0:
                 raise ValueError(f"reducers[{i}].layer=-1 is reserved for reducers before the language model")
@@ -117,6 +129,13 @@ class Profile(_Part):
         for key, counts in self.schedules.items():
             _check_schedule(key, counts, len(layers), visual)
         return self
+
+    @property
+    def window(self) -> WindowKind:
+        """Which part of the prompt may score an image."""
+        if self.importance.queries == "image":
+            return "image"
+        return self.importance.window or ("turn" if self.schema_ == SCHEMA else "prompt")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -144,7 +163,10 @@ class Profile(_Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in ``theta.json``."""
-        return self.model_dump(mode="json", by_alias=True)
+        data = self.model_dump(mode="json", by_alias=True)
+        if data["importance"]["window"] is None:
+            del data["importance"]["window"]
+        return data
 
 
 def _check_schedule(key: str, counts: tuple[int, ...], reducers: int, visual: int) -> None:
@@ -174,12 +196,14 @@ def parse_profile(data: str | bytes | dict[str, Any], source: str = "profile") -
             data = json.loads(data)
         except (ValueError, RecursionError) as e:
             raise ProfileError(
-                "profile", source, f"it is no JSON ({e})", "give a file of schema eos-profile/1"
+                "profile", source, f"it is no JSON ({e})", f"give a file of schema {SCHEMA}"
             ) from None
     if not isinstance(data, dict):
-        raise ProfileError("profile", source, "it is no JSON object", "give a file of schema eos-profile/1")
-    if data.get("schema") != SCHEMA:
-        raise ProfileError("profile.schema", data.get("schema"), "unknown schema", f"this version reads {SCHEMA}")
+        raise ProfileError("profile", source, "it is no JSON object", f"give a file of schema {SCHEMA}")
+    if data.get("schema") not in SCHEMAS:
+        raise ProfileError(
+            "profile.schema", data.get("schema"), "unknown schema", f"this version reads {' and '.join(SCHEMAS)}"
+        )
     try:
         return Profile.model_validate(data)
     except ValidationError as e:

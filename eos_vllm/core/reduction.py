@@ -18,7 +18,7 @@ _SCORE_ELEMENTS = 1 << 25
 ScoreReduce = Callable[[torch.Tensor], torch.Tensor]
 
 
-def image_query_weights(rule: QueryRule, embeddings: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+def image_query_weights(rule: QueryRule, embeddings: torch.Tensor, layout: BatchLayout) -> torch.Tensor | None:
     """Query weights of every image of a batch, from the embeddings that enter decoder layer 0.
 
     Args:
@@ -27,8 +27,10 @@ def image_query_weights(rule: QueryRule, embeddings: torch.Tensor, layout: Batch
         layout: the batch.
 
     Returns:
-        ``[images, T]`` float32, rows summing to 1.
+        ``[images, T]`` float32, rows summing to 1; None for rule ``image``, whose queries all count alike.
     """
+    if rule == "image":
+        return None
     if rule != "relevant_text":
         nothing = embeddings.new_empty((*layout.text_mask.shape, 0))
         return query_weights(rule, nothing, nothing, layout.text_mask)
@@ -45,7 +47,7 @@ def reduce_tokens(
     query: torch.Tensor,
     key: torch.Tensor,
     step: ReducerStep,
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
     params: OperatorParams,
     scale: float,
     join_scores: ScoreReduce | None = None,
@@ -55,7 +57,7 @@ def reduce_tokens(
     Args:
         hidden: output of the layer ``[tokens, d]`` (residual added).
         query: the layer's own rotated queries ``[tokens, H, D]``.
-        key: its rotated keys ``[tokens, Hk, D]``.
+        key: its rotated keys ``[tokens, Hk, D]``, followed by those of earlier steps that ``step.cached`` names.
         step: the layout of this reducer.
         weights: result of :func:`image_query_weights`.
         params: operator parameters of this reducer.
@@ -90,7 +92,7 @@ def reduce_tokens(
 
 
 def _group_scores(
-    query: torch.Tensor, key: torch.Tensor, group: ImageGroup, weights: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, group: ImageGroup, weights: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     images, queries = group.query_rows.shape
     per_query = query.shape[1] * group.longest
@@ -110,7 +112,7 @@ def _score(
     query: torch.Tensor,
     key: torch.Tensor,
     group: ImageGroup,
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
     scale: float,
     low: int,
     high: int,
@@ -119,14 +121,24 @@ def _score(
 ) -> torch.Tensor:
     """What some queries of some images of a group add to the scores ``[images, N]``."""
     first_row = group.first_row[low:high].unsqueeze(1)
+    places = torch.arange(group.longest, device=key.device)
+    key_rows = first_row + places
+    if group.cached is not None and group.first_cached is not None:
+        earlier = group.first_cached[low:high].unsqueeze(1) + places
+        key_rows = torch.where(places < group.cached[low:high].unsqueeze(1), earlier, key_rows)
     # Rows past a shorter request are never visible to its queries; the clamp only keeps the index in range.
-    key_rows = (first_row + torch.arange(group.longest, device=key.device)).clamp_(max=key.shape[0] - 1)
+    key_rows = key_rows.clamp_(max=key.shape[0] - 1)
     columns = group.first_visual[low:high].unsqueeze(1) - first_row + torch.arange(group.total, device=key.device)
+    rows = group.query_rows[low:high, first_query:last_query]
+    if weights is None:
+        shares = torch.full(rows.shape, 1.0 / group.query_rows.shape[1], device=key.device)
+    else:
+        shares = weights[group.images[low:high], first_query:last_query]
     return received_attention(
-        query[group.query_rows[low:high, first_query:last_query]],
+        query[rows],
         key[key_rows],
         group.visible[low:high, first_query:last_query],
-        weights[group.images[low:high], first_query:last_query],
+        shares,
         columns,
         scale,
     )

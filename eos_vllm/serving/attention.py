@@ -1,4 +1,4 @@
-"""Attention layers that see their segment's tokens (design 5.4): spec, metadata and KV write of converted layers.
+"""Attention layers that see their segment's tokens: spec, metadata and KV write of converted layers.
 
 The pattern is vLLM's own for cross attention: a backend class derived from the one that vLLM chose, whose builder
 rewrites the metadata and whose implementation writes the KV cache with the builder's slots.
@@ -73,6 +73,7 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            self.eos_layers = list(layer_names)
             self.eos_segment: int = layer.eos_segment
             self.eos_batch: BatchState = layer.eos_batch
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -97,6 +98,8 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
         def eos_slot_mapping(self, block_table: torch.Tensor) -> torch.Tensor:
             """Slots of this step's tokens in a persistent buffer, padding at the end; ``[num_actual_tokens]``."""
             geometry = self.eos_batch.geometry_of(self.eos_segment)
+            if self.eos_batch.prefills_images:
+                self.eos_batch.block_tables.update(dict.fromkeys(self.eos_layers, block_table))
             size, block = geometry.metadata.num_actual_tokens, self.kv_cache_spec.block_size
             slots = self.eos_slots[:size]
             tokens = geometry.num_tokens if self.eos_batch.is_real else 0

@@ -79,6 +79,8 @@ class BatchState:
         self._removed = np.zeros((num_segments, max_requests), np.int32)
         self._query_removed = np.zeros((num_segments, max_requests), np.int32)
         self._plans: list[RequestPlan | None] = []
+        self._settled = False
+        self.block_tables: dict[str, torch.Tensor] = {}  # of this step, by layer name
         # Persistent, for captured graphs read them by address.
         self._removed_device = torch.zeros((num_segments, max_requests), dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros((num_segments, max_requests), dtype=torch.int32, device=device)
@@ -89,31 +91,33 @@ class BatchState:
         """Takes over the rows of a step before any metadata is built; None for vLLM's dummy runs.
 
         Raises:
-            RuntimeError: a reduced prompt arrives in parts, which the scheduler must never do.
+            ValueError: an image comes without its window, which the scheduler must never let happen.
         """
         self._geometry.clear()
         self.is_real = rows is not None
         rows = rows or ()
         plans = [row.plan for row in rows]
-        prefilling = [row for row in rows if row.plan is not None and row.computed < row.plan.images_end]
-        if not prefilling and not self.prefills_images and plans == self._plans:
+        settled = all(row.plan is None or row.computed >= row.plan.images_end for row in rows)
+        if settled and self._settled and plans == self._plans:
             return
-        self._plans = plans
+        self._plans, self._settled = plans, settled
         self._removed[:] = 0
         self._query_removed[:] = 0
+        self.prefills_images = False
         for i, row in enumerate(rows):
             if row.plan is None:
                 continue
-            self._removed[:, i] = row.plan.removed
-            if row.computed < row.plan.images_end:
-                if row.computed or row.scheduled < row.plan.prompt_length:
-                    raise RuntimeError(
-                        f"request {row.request_id}: {row.scheduled} of {row.plan.prompt_length} prompt tokens are "
-                        f"scheduled after {row.computed}; a prompt with images must be prefilled in one step"
-                    )
-                self._query_removed[:, i] = row.plan.removed
-        self.prefills_images = bool(prefilling)
-        self.rows = [Row(r.scheduled, r.plan if not r.computed else None) for r in rows] if prefilling else []
+            if row.computed >= row.plan.images_end:
+                self._removed[:, i] = row.plan.removed
+                continue
+            end = row.computed + row.scheduled
+            before, after = (
+                [n - row.plan.segment_length(s, n) for s in range(self.num_segments)] for n in (row.computed, end)
+            )
+            self._removed[:, i] = after
+            self._query_removed[:, i] = np.subtract(after, before)
+            self.prefills_images |= bool(row.plan.images_in(row.computed, end))
+        self.rows = [Row(r.scheduled, r.plan, r.computed) for r in rows] if self.prefills_images else []
         self._removed_device.copy_(_to_device(self._removed, self.device))
 
     def geometry(self, segment: int, common: CommonAttentionMetadata) -> SegmentGeometry:

@@ -1,4 +1,4 @@
-"""Flags, refusals and defaults: the one wrap around vLLM's ``EngineArgs`` (design section 5, points 1 and 6).
+"""Flags, refusals and defaults: the one wrap around vLLM's ``EngineArgs``.
 
 Why a wrap: vLLM loads general plugins before it builds its parser, but has no hook for a plugin's own flags or for
 checking a configuration. Can go when vLLM has either.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from eos_vllm.core.errors import EosError, SettingError
-from eos_vllm.core.profile import Profile
+from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.serving.options import KEY, planner_of, resolve_options
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
@@ -22,11 +22,11 @@ _SCHEDULERS = {
     True: "eos_vllm.serving.scheduler.EosAsyncScheduler",
 }
 _PROVEN_LANGUAGE_MODELS = ("llama",)
+# Where the number of tokens per step is left to us, it grows to the model's context, up to here.
+_LONGEST_STEP = 8192
 
 # Engine argument, test that it was asked for, why not. Off by default or switched off by prepare().
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("enable_prefix_caching", lambda v: v is True, "KV behind a reducer depends on the question"),
-    ("enable_chunked_prefill", lambda v: v is True, "a prompt with images must be prefilled in one step"),
     ("speculative_config", lambda v: v is not None, "draft and target would see different tokens"),
     ("spec_method", lambda v: v is not None, "draft and target would see different tokens"),
     ("pipeline_parallel_size", lambda v: v > 1, "stages would have to pass on reduced batches"),
@@ -35,7 +35,8 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("kv_transfer_config", lambda v: v is not None, "connectors think of one KV length for all layers"),
     ("kv_offloading_size", lambda v: v is not None, "connectors think of one KV length for all layers"),
     ("kv_sharing_fast_prefill", lambda v: v is True, "it skips the layers whose queries score the tokens"),
-    ("long_prefill_token_threshold", lambda v: v > 0, "a prompt with images must be prefilled in one step"),
+    ("long_prefill_token_threshold", lambda v: v > 0, "it would cut images from the text that scores them"),
+    ("kv_events_config", lambda v: v is not None, "blocks of reduced prompts stand for no range of tokens"),
     ("enable_lora", lambda v: v is True, "adapters are mapped to unreduced tokens"),
     ("enable_dbo", lambda v: v is True, "it splits a batch by unreduced tokens"),
     ("disable_hybrid_kv_cache_manager", lambda v: v is True, "each segment needs a KV group of its own"),
@@ -76,6 +77,12 @@ def _with_flags(add_cli_args: Callable) -> Callable:
             help="Retain budget per image, in visual tokens by the profile's measure; default: the profile's own. "
             'A request may give its own as vllm_xargs: {"eos_retain": N}.',
         )
+        group.add_argument(
+            "--eos-exact-counts",
+            action="store_true",
+            help="Keep exactly the counts of the profile instead of rounding what is removed to whole KV blocks; the KV "
+            "of reduced prompts is then shared up to their first image only.",
+        )
         return parser
 
     return wrapped
@@ -89,8 +96,10 @@ def _with_values(from_cli_args: Callable) -> Callable:
         if profile is None and retain is None:
             return engine_args
         engine_args.eos_from_cli = True
+        engine_args.eos_chat_template = getattr(args, "chat_template", None)
         try:
-            options = resolve_options({"profile": profile, "retain": retain})
+            exact = bool(getattr(args, "eos_exact_counts", False))
+            options = resolve_options({"profile": profile, "retain": retain, "exact_counts": exact})
         except EosError as e:
             _exit(e)
         engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: options}
@@ -122,25 +131,39 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
     engine_args.additional_config = {**engine_args.additional_config, KEY: options}
     batched = engine_args.max_num_batched_tokens
     prepare(engine_args)
-    try:
+    config = create_engine_config(engine_args, *args, **kwargs)
+    longest = min(config.model_config.max_model_len, _LONGEST_STEP)
+    if batched is None and config.scheduler_config.max_num_batched_tokens < longest:
+        # So that no image and window of a prompt that fits the model are too long for a step.
+        engine_args.max_num_batched_tokens = longest
         config = create_engine_config(engine_args, *args, **kwargs)
-    except ValueError as e:
-        # vLLM checks the same, once chunked prefill is off; say it in terms of what the user typed.
-        if batched is None or "max_num_batched_tokens" not in str(e) or "max_model_len" not in str(e):
-            raise
-        raise _too_few("max-num-batched-tokens", batched) from None
-    scheduler, longest = config.scheduler_config, config.model_config.max_model_len
-    if scheduler.max_num_batched_tokens < longest:
-        raise _too_few("max-num-batched-tokens", scheduler.max_num_batched_tokens)
-    if scheduler.max_num_scheduled_tokens is not None and scheduler.max_num_scheduled_tokens < longest:
-        raise _too_few("max-num-scheduled-tokens", scheduler.max_num_scheduled_tokens)
+    _set_marker(engine_args, config)
     finish(config)
     return config
 
 
-def _too_few(flag: str, tokens: int) -> SettingError:
-    problem = "it is below max-model-len, but a prompt with images must be prefilled in one step"
-    return SettingError(flag, tokens, problem, "raise it to max-model-len or more, or lower --max-model-len")
+def _set_marker(engine_args: Any, config: Any) -> None:
+    """Puts the generation prompt's tokens into the configuration, where windows need them."""
+    from vllm.renderers.chat_utils import load_chat_template
+    from vllm.logger import init_logger
+
+    from eos_vllm.serving.chat_window import find_marker
+
+    options = engine_args.additional_config[KEY]
+    if options["marker"] is None and parse_profile(options["profile"]).window == "turn":
+        try:
+            template = load_chat_template(getattr(engine_args, "eos_chat_template", None))
+            marker = list(find_marker(config.model_config, template))
+        except ValueError as e:
+            marker = []
+            init_logger("vllm.eos").warning(
+                "eos: the end of a turn was not found in the chat template: %s. All later text of a prompt then scores "
+                "its images, and a chat's next turn finds nothing cached behind its first image",
+                e,
+            )
+        options = {**options, "marker": marker}
+        engine_args.additional_config = {**engine_args.additional_config, KEY: options}
+        config.additional_config = engine_args.additional_config
 
 
 def prepare(engine_args: Any) -> None:
@@ -156,15 +179,39 @@ def prepare(engine_args: Any) -> None:
         if value is not None and asked(value):
             flag = name.replace("_", "-")
             raise SettingError(flag, value, f"not supported with --eos-profile: {why}", f"leave out --{flag}")
-    engine_args.enable_prefix_caching = False
-    engine_args.enable_chunked_prefill = False
+    if str(engine_args.kv_cache_dtype).startswith("fp8"):
+        _turn_off(engine_args, "keys of a KV cache of type fp8 are not those that scored an image")
+    if engine_args.block_size is None:
+        # Removed tokens are rounded to blocks, and these are the smallest that vLLM's kernels take.
+        engine_args.block_size = _smallest_block()
     engine_args.model_class_overrides = {**engine_args.model_class_overrides, ARCHITECTURE: MODEL_CLASS}
     engine_args.worker_extension_cls = WORKER_EXTENSION
     logger = init_logger("vllm.eos")
-    logger.info("eos: prefix caching and chunked prefill are off while a profile is active")
     if "VLLM_USE_V2_MODEL_RUNNER" not in os.environ:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         logger.info("eos: using the V1 model runner; VLLM_USE_V2_MODEL_RUNNER=1 tries V2, which is not proven yet")
+
+
+def _turn_off(engine_args: Any, why: str) -> None:
+    """Prefix caching and chunked prefill off, with a log line.
+
+    Raises:
+        SettingError: one of them was asked for.
+    """
+    from vllm.logger import init_logger
+
+    for name in ("enable_prefix_caching", "enable_chunked_prefill"):
+        if getattr(engine_args, name) is True:
+            flag = name.replace("_", "-")
+            raise SettingError(flag, True, f"not supported with --eos-profile here: {why}", f"leave out --{flag}")
+        setattr(engine_args, name, False)
+    init_logger("vllm.eos").info("eos: prefix caching and chunked prefill are off: %s", why)
+
+
+def _smallest_block() -> int:
+    from vllm.platforms import current_platform
+
+    return 32 if current_platform.is_cpu() else 16
 
 
 def finish(vllm_config: Any) -> None:

@@ -1,16 +1,19 @@
-"""A KV cache that really shrinks: one KV group per segment, with as many blocks as the plan says (design 5.2)."""
+"""A KV cache that really shrinks: one KV group per segment, with as many blocks as the plan says."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
 
 from eos_vllm.core.plan import RequestPlan
+from eos_vllm.serving.prefix_cache import RequestKeys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,34 +42,99 @@ class SegmentManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, RequestPlan] = {}
-        self.blocks_held = 0
+        self.keys: dict[str, RequestKeys] = {}
+        self._fresh_marks: dict[str, list[tuple[KVCacheBlock, Any]]] = {}
+        self._marked: dict[str, set[int]] = {}
+
+    @property
+    def blocks_held(self) -> int:
+        """Blocks that requests hold; a shared one counts for each."""
+        return sum(map(len, self.req_to_blocks.values()))
 
     def tokens_of(self, request_id: str, num_tokens: int) -> int:
         """Tokens that this segment caches of the first ``num_tokens`` tokens of a request."""
         plan = self.plans.get(request_id)
         return num_tokens if plan is None else plan.segment_length(self.kv_cache_spec.segment, num_tokens)
 
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *_: Any, **__: Any) -> int:
-        """Blocks that the segment's own token count lacks; without prefix caching nothing else matters.
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """As vLLM's, of the segment's own token counts."""
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            self.tokens_of(request_id, num_tokens),
+            new_computed_blocks,
+            self.tokens_of(request_id, total_computed_tokens),
+            self.tokens_of(request_id, num_local_computed_tokens),
+            *args,
+            **kwargs,
+        )
 
-        Asked for every KV group, request and decode step, and therefore short.
-        """
-        needed = cdiv(self.tokens_of(request_id, num_tokens), self.block_size)
-        return max(needed - len(self.req_to_blocks.get(request_id, ())), 0)
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """As vLLM's, of the segment's own token count."""
+        tokens = self.tokens_of(request_id, num_local_computed_tokens)
+        super().add_local_computed_blocks(request_id, new_computed_blocks, tokens, num_external_computed_tokens)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """As vLLM's, of the segment's own token count."""
-        if not self.get_num_blocks_to_allocate(request_id, num_tokens):
-            return []
-        blocks = super().allocate_new_blocks(request_id, self.tokens_of(request_id, num_tokens), num_tokens_main_model)
-        self.blocks_held += len(blocks)
-        return blocks
+        return super().allocate_new_blocks(request_id, self.tokens_of(request_id, num_tokens), num_tokens_main_model)
 
-    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """As vLLM's; keeps the count of blocks held."""
-        blocks = super().pop_blocks_for_free(request_id)
-        self.blocks_held -= len(blocks)
-        return blocks
+    def cache_blocks(self, request: Request, num_tokens: int, *_: Any, **__: Any) -> None:
+        """Caches full blocks under the segment's keys, and the blocks of marks under a second one.
+
+        A mark's block is copied in front of the step that takes it over, so it must have been written in an earlier
+        one: it can be found from the next step on.
+        """
+        name, segment = request.request_id, self.kv_cache_spec.segment
+        keys, blocks = self.keys[name], self.req_to_blocks[name]
+        num_tokens = int(min(num_tokens, keys.limit))
+        done, full = self.num_cached_block.get(name, 0), self.tokens_of(name, num_tokens) // self.block_size
+        for i in range(done, full):
+            self._insert(blocks[i], self._group_key(keys, segment, (i + 1) * self.block_size))
+        self.num_cached_block[name] = max(done, full)
+        for mark in keys.marks:
+            marked = self._marked.setdefault(name, set())
+            if mark <= num_tokens and mark not in marked:
+                marked.add(mark)
+                length = self.tokens_of(name, mark)
+                fresh = blocks[length // self.block_size], self._group_key(keys, segment, length)
+                self._fresh_marks.setdefault(name, []).append(fresh)
+
+    def new_step_starts(self) -> None:
+        """The step that wrote the fresh marks has gone to the worker, which works in order."""
+        for name in list(self._fresh_marks):
+            self._publish_marks(name)
+
+    def leave_marks(self, request_id: str, written: bool) -> None:
+        """Of a request that goes: its fresh marks stay if the step that writes them has been sent to the worker."""
+        if written:
+            self._publish_marks(request_id)
+        self._fresh_marks.pop(request_id, None)
+        self._marked.pop(request_id, None)
+
+    def _publish_marks(self, request_id: str) -> None:
+        for block, key in self._fresh_marks.pop(request_id, ()):
+            self._insert(block, key)
+
+    def _group_key(self, keys: RequestKeys, segment: int, length: int) -> Any:
+        return make_block_hash_with_group_id(keys.key(segment, length), self.kv_cache_group_id)  # type: ignore[arg-type]
+
+    def _insert(self, block: KVCacheBlock, key: Any) -> None:
+        # vLLM's cache_full_blocks would take the first name from a block that already carries a mark.
+        self.block_pool._insert_block_hash(key, block, num_tokens=0)
 
 
 def register_specs() -> None:

@@ -32,10 +32,10 @@ class Counters:
         self.tokens_in = [0] * reducers
         self.tokens_kept = [0] * reducers
 
-    def count(self, plan: RequestPlan) -> None:
-        """Adds one prefill of a request."""
-        self.images += len(plan.spans)
-        for kept in plan.kept:
+    def count(self, plan: RequestPlan, images: range) -> None:
+        """Adds those images of a request that a step reduces."""
+        self.images += len(images)
+        for kept in plan.kept[images.start : images.stop]:
             for i in range(len(self.tokens_in)):
                 self.tokens_in[i] += kept[i]
                 self.tokens_kept[i] += kept[i + 1]

@@ -1,4 +1,4 @@
-"""LLaVA with reducers: vLLM's own model, and an explicit pass over the layers where images are prefilled (design 5.5).
+"""LLaVA with reducers: vLLM's own model, and an explicit pass over the layers where images are prefilled.
 
 Text-only batches and decode steps take vLLM's forward pass, compiled and replayed as ever; without a profile all do.
 """
@@ -21,6 +21,7 @@ from eos_vllm.core.plan import Planner
 from eos_vllm.core.reduction import image_query_weights, reduce_tokens
 from eos_vllm.serving.attention import convert
 from eos_vllm.serving.batch import BatchState
+from eos_vllm.serving.cached_keys import read_keys
 from eos_vllm.serving.metrics import Counters, WorkerLog
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.runner_v1 import hook_v1_runner
@@ -105,14 +106,18 @@ class Reduction:
             with queries_and_keys(self.attention[index]) as seen:
                 hidden, residual = layer(positions, hidden, residual)
             step, before = layout.steps[reducer], hidden + residual
+            key, attention = seen["key"], self.attention[index]
+            if step.cached:
+                table = self.batch.block_tables[attention.layer_name]
+                key = torch.cat([key, *read_keys(attention, table, step.cached)])
             hidden, source = reduce_tokens(
                 before,
                 seen["query"],
-                seen["key"],
+                key,
                 step,
                 weights,
                 profile.operator_params(reducer),
-                self.attention[index].impl.scale,
+                attention.impl.scale,
                 self.join_scores,
             )
             # What went in is the plan's; what is gone is counted on the tensors, so that the count proves something.
@@ -121,7 +126,7 @@ class Reduction:
             positions = positions.index_select(0, source)
             origin = source if origin is None else origin.index_select(0, source)
         hidden, _ = self.decoder.norm(hidden, residual)
-        self.counters.images += sum(len(row.plan.spans) for row in rows if row.plan is not None)
+        self.counters.images += layout.num_images
         self.log.maybe(self.counters)
         assert origin is not None
         return hidden.new_zeros(inputs_embeds.shape[0], hidden.shape[1]).index_copy_(0, origin, hidden)

@@ -14,17 +14,19 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "eos"
-_FIELDS = {"profile", "retain", "source"}
+_FIELDS = {"profile", "retain", "source", "marker", "exact_counts"}
 
 
 def resolve_options(raw: Any) -> dict[str, Any]:
-    """Validates ``{"profile": ..., "retain": ...}`` and puts the profile's own data where its source stood.
+    """Validates ``{"profile": ..., "retain": ..., ...}`` and puts the profile's own data where its source stood.
 
     Args:
         raw: what ``additional_config["eos"]`` holds, from the flags or from ``LLM(additional_config=...)``.
 
     Returns:
-        Plain data with ``profile`` (dict), ``source`` (str) and ``retain`` (int or None). Resolving twice is harmless.
+        Plain data with ``profile`` (dict), ``source`` (str), ``retain`` (int or None), ``exact_counts`` (bool) and
+        ``marker`` (tokens of the chat template's generation prompt, None where not looked for yet). Resolving twice is
+        harmless.
 
     Raises:
         SettingError, ProfileError, BudgetError: one line each.
@@ -40,18 +42,34 @@ def resolve_options(raw: Any) -> dict[str, Any]:
     retain = None if raw.get("retain") is None else parse_budget(raw["retain"], "eos-retain")
     Planner(profile, retain).counts()
     source = raw.get("source") or (raw["profile"] if isinstance(raw["profile"], str) else profile.name)
-    return {"profile": profile.to_dict(), "source": source, "retain": retain}
+    marker = raw.get("marker")
+    if marker is not None and not (isinstance(marker, list | tuple) and all(isinstance(m, int) for m in marker)):
+        raise SettingError("additional_config.eos.marker", marker, "it is no list of token ids", "leave it out")
+    return {
+        "profile": profile.to_dict(),
+        "source": source,
+        "retain": retain,
+        "exact_counts": bool(raw.get("exact_counts", False)),
+        "marker": None if marker is None else list(marker),
+    }
 
 
 def planner_of(vllm_config: "VllmConfig") -> Planner | None:
     """The planner that the configuration asks for, or None where no profile is active."""
     config = vllm_config.additional_config
     options = config.get(KEY) if isinstance(config, dict) else None
-    return _planner(json.dumps(options, sort_keys=True)) if options else None
+    return _planner(json.dumps(options, sort_keys=True), vllm_config.cache_config.block_size) if options else None
 
 
 @lru_cache(maxsize=8)
-def _planner(options: str) -> Planner:
+def _planner(options: str, block_size: int) -> Planner:
     data = json.loads(options)
     profile: Profile = parse_profile(data["profile"], data["source"])
-    return Planner(profile, data["retain"])
+    return Planner(profile, data["retain"], 1 if data["exact_counts"] else block_size, data["marker"] or ())
+
+
+def reads_cached_keys(vllm_config: "VllmConfig") -> bool:
+    """Whether an image may stand behind tokens of earlier steps, whose keys its scores then need."""
+    return bool(
+        vllm_config.cache_config.enable_prefix_caching or vllm_config.scheduler_config.enable_chunked_prefill
+    )

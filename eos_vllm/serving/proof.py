@@ -1,4 +1,4 @@
-"""Proof that a reduction is in place, before a worker or an engine takes its first request (design 5.1, issue 2.4).
+"""Proof that a reduction is in place, before a worker or an engine takes its first request.
 
 Another project once lost accuracy silently because what it had patched was missing in the worker's process.
 """
@@ -21,7 +21,7 @@ def trial_plan(planner: Planner, max_model_len: int) -> tuple[RequestPlan, int]:
     visual = planner.profile.model.visual_tokens
     tokens = min(max_model_len, visual + 64)
     span = ImageSpan(min(5, max(tokens - visual, 0)), min(visual, tokens))
-    return planner.plan(tokens, [span]), tokens
+    return planner.plan([0] * tokens, [span]), tokens
 
 
 def prove_worker(reduction: Any, kv_cache_config: KVCacheConfig, max_model_len: int) -> None:

@@ -1,4 +1,4 @@
-"""The line that a server prints at start: reducers, kept counts, KV bytes per image, requests that fit (design 4)."""
+"""The line that a server prints at start: reducers, kept counts, KV bytes per image, requests that fit."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def startup_report(planner: Planner, vllm_config: Any, kv_cache_config: Any) -> 
     stock = visual * sum(layers) * token_bytes
     ours = sum(n * tokens for n, tokens in zip(layers, (visual, *counts), strict=True)) * token_bytes
     tokens = min(visual + _TEXT_TOKENS, vllm_config.model_config.max_model_len)
-    plan = planner.plan(tokens, [ImageSpan(0, min(visual, tokens))])
+    plan = planner.plan([0] * tokens, [ImageSpan(0, min(visual, tokens))])
     usable = kv_cache_config.num_blocks - 1
     fit = usable // sum(planned_blocks(kv_cache_config, plan, tokens))
     groups = kv_cache_config.kv_cache_groups

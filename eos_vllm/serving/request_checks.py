@@ -35,7 +35,7 @@ def install_request_checks(planner: Planner) -> None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         check_params(planner, params)
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        check_request(planner, request)
+        check_request(planner, request, self.vllm_config.scheduler_config.max_num_batched_tokens)
         return request
 
     InputProcessor.process_inputs = checked  # type: ignore[method-assign]
@@ -75,7 +75,7 @@ def check_body(planner: Planner, body: Any) -> None:
     logprobs = getattr(body, "prompt_logprobs", None)
     if logprobs is not None and _has_media(getattr(body, "messages", None)):
         total = planner.profile.model.visual_tokens
-        plan = planner.plan(total, [ImageSpan(0, total)], budget_of(params))
+        plan = planner.plan([0] * total, [ImageSpan(0, total)], budget_of(params))
         _refuse_prompt_logprobs(planner, plan, logprobs)
 
 
@@ -93,17 +93,29 @@ def check_params(planner: Planner, params: Any) -> None:
         raise VLLMValidationError(f"vllm_xargs.{e}", parameter=REQUEST_FIELD, value=e.value) from None
 
 
-def check_request(planner: Planner, request: Any) -> None:
-    """Refuses what reduced prompts cannot give: log-probabilities of prompt tokens whose hidden states are gone.
+def check_request(planner: Planner, request: Any, longest_step: int) -> None:
+    """Refuses what no step can hold, and what reduced prompts cannot give.
 
     Raises:
         VLLMValidationError: answered as HTTP 400.
     """
     params = request.sampling_params
-    if params is None or params.prompt_logprobs is None or not request.mm_features:
+    if params is None or not request.mm_features:
         return
-    plan = plan_of_features(planner, len(request.prompt_token_ids or ()), request.mm_features, params)
-    _refuse_prompt_logprobs(planner, plan, params.prompt_logprobs)
+    plan = plan_of_features(planner, request.prompt_token_ids or (), request.mm_features, params)
+    if not plan.reduces:
+        return
+    longest = max(span.end - span.start for span in plan.atomic_spans)
+    if longest > longest_step:
+        raise VLLMValidationError(
+            f"prompt: an image and the text that scores it have {longest} tokens, but a step holds {longest_step} "
+            f"(--max-num-batched-tokens); send fewer images or less text in a turn, or ask for no reduction with "
+            f'vllm_xargs: {{"{REQUEST_FIELD}": {planner.profile.model.visual_tokens}}}',
+            parameter="prompt",
+            value=longest,
+        )
+    if params.prompt_logprobs is not None:
+        _refuse_prompt_logprobs(planner, plan, params.prompt_logprobs)
 
 
 def _refuse_prompt_logprobs(planner: Planner, plan: RequestPlan, value: int) -> None:

@@ -30,22 +30,22 @@ def budget_of(sampling_params: SamplingParams | None) -> int | None:
 
 
 def plan_of_features(
-    planner: Planner, prompt_length: int, features: Sequence[Any] | None, sampling_params: SamplingParams | None
+    planner: Planner, prompt: Sequence[int], features: Sequence[Any] | None, sampling_params: SamplingParams | None
 ) -> RequestPlan:
     """Plans a request from what vLLM knows of it; never raises for a bad budget (see the module's text).
 
     Args:
         planner: the server's planner.
-        prompt_length: tokens of the prompt.
+        prompt: tokens of the prompt.
         features: ``mm_features`` of the request.
         sampling_params: its sampling parameters.
     """
     spans = [ImageSpan(f.mm_position.offset, f.mm_position.length) for f in features or () if f.modality == "image"]
     try:
-        return planner.plan(prompt_length, spans, budget_of(sampling_params))
+        return planner.plan(prompt, spans, budget_of(sampling_params))
     except BudgetError as e:
         logger.warning("eos: %s; using the server's budget %d", e, planner.budget)
-        return planner.plan(prompt_length, spans)
+        return planner.plan(prompt, spans)
     except ValueError as e:
         logger.warning("eos: %s; the request is not reduced", e)
-        return planner.plan(prompt_length, [])
+        return planner.plan(prompt, [])

@@ -1,4 +1,4 @@
-"""The V1 model runner's part: tell the batch state what is in the step, and prove the set-up once (design 5.4).
+"""The V1 model runner's part: tell the batch state what is in the step, and prove the set-up once.
 
 Symptom without it: metadata builders know lengths but not which request, so no segment could know what is gone.
 Cause: vLLM's V1 runner gives builders no request ids and has no hook before it builds metadata.
@@ -7,6 +7,7 @@ Can go when the V2 runner, which has ``ModelState.prepare_attn`` for this, is th
 """
 
 import functools
+import inspect
 from typing import Any
 
 from vllm.v1.worker.block_table import SlotMappingMode
@@ -14,6 +15,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from eos_vllm.serving.attention import PADDING_SLOT
 from eos_vllm.serving.batch import BatchRow
+from eos_vllm.serving.cached_keys import prove_key_reading
+from eos_vllm.serving.options import reads_cached_keys
 from eos_vllm.serving.proof import prove_worker
 from eos_vllm.serving.requests import plan_of_features
 
@@ -25,10 +28,15 @@ def hook_v1_runner() -> None:
     GPUModelRunner.eos_hooked = True  # type: ignore[attr-defined]
     build, initialize = GPUModelRunner._build_attention_metadata, GPUModelRunner.initialize_kv_cache
 
+    signature = inspect.signature(build)
+    if "num_scheduled_tokens" not in signature.parameters:
+        raise RuntimeError("vLLM's _build_attention_metadata takes no num_scheduled_tokens; this vLLM is not supported")
+
     @functools.wraps(build)
     def build_with_rows(self: Any, *args: Any, **kwargs: Any) -> Any:
         if reduction := reduction_of(self):
-            reduction.batch.begin(_rows(self, reduction.planner, kwargs.get("num_scheduled_tokens")))
+            scheduled = signature.bind(self, *args, **kwargs).arguments.get("num_scheduled_tokens")
+            reduction.batch.begin(_rows(self, reduction.planner, scheduled))
         return build(self, *args, **kwargs)
 
     @functools.wraps(initialize)
@@ -36,6 +44,8 @@ def hook_v1_runner() -> None:
         result = initialize(self, kv_cache_config, *args, **kwargs)
         if reduction := reduction_of(self):
             prove_worker(reduction, self.kv_cache_config, self.max_model_len)
+            if reads_cached_keys(self.vllm_config):
+                prove_key_reading(reduction.attention[0])
             skip_slot_mappings(self.input_batch)
         return result
 
@@ -69,7 +79,7 @@ def _rows(runner: Any, planner: Any, scheduled: dict[str, int] | None) -> list[B
         try:
             plan = state.eos_plan
         except AttributeError:
-            plan = plan_of_features(planner, state.num_prompt_tokens, state.mm_features, state.sampling_params)
+            plan = plan_of_features(planner, state.prompt_token_ids or (), state.mm_features, state.sampling_params)
             plan = state.eos_plan = plan if plan.reduces else None
         rows.append(BatchRow(request_id, plan, int(computed[i]), scheduled[request_id]))
     return rows

@@ -1,4 +1,4 @@
-"""The V2 model runner's part, through its own extension point: a model state (design 5.4).
+"""The V2 model runner's part, through its own extension point: a model state.
 
 Written against vLLM 0.32; not yet proven, for the V2 runner needs a GPU (or Triton for CPUs). ``--eos-profile``
 therefore selects V1, unless ``VLLM_USE_V2_MODEL_RUNNER=1`` is set.
@@ -12,6 +12,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from eos_vllm.core.plan import RequestPlan
 from eos_vllm.serving.batch import BatchRow
+from eos_vllm.serving.cached_keys import prove_key_reading
+from eos_vllm.serving.options import reads_cached_keys
 from eos_vllm.serving.proof import prove_worker
 from eos_vllm.serving.requests import plan_of_features
 
@@ -30,7 +32,7 @@ class EosModelState(DefaultModelState):
         if self.reduction is not None:
             plan = plan_of_features(
                 self.reduction.planner,
-                len(new_req_data.prompt_token_ids or ()),
+                new_req_data.prompt_token_ids or (),
                 new_req_data.mm_features,
                 new_req_data.sampling_params,
             )
@@ -45,6 +47,8 @@ class EosModelState(DefaultModelState):
         super().initialize_kv_cache(kv_cache_config, block_tables)
         if self.reduction is not None:
             prove_worker(self.reduction, kv_cache_config, self.max_model_len)
+            if reads_cached_keys(self.vllm_config):
+                prove_key_reading(self.reduction.attention[0])
 
     def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Tells the batch state what is in the step before vLLM builds metadata."""

@@ -1,8 +1,10 @@
-"""Schedulers that know each request's plan, so that the KV managers allocate by it (design 5.3)."""
+"""Schedulers that know each request's plan, so that the KV managers allocate by it."""
 
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.sched import output
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -10,9 +12,10 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from eos_vllm.core.plan import RequestPlan
-from eos_vllm.serving.kv_cache import SegmentManager
+from eos_vllm.serving.coordinator import adopt
 from eos_vllm.serving.metrics import Counters, pack_stats
 from eos_vllm.serving.options import planner_of
+from eos_vllm.serving.prefix_cache import RequestKeys
 from eos_vllm.serving.proof import prove_allocation
 from eos_vllm.serving.report import startup_report
 from eos_vllm.serving.requests import plan_of_features
@@ -30,37 +33,53 @@ class EosSchedulerMixin(Scheduler):
             raise RuntimeError("the eos scheduler was chosen, but additional_config holds no eos profile")
         self.planner = planner
         self.plans: dict[str, RequestPlan] = {}
-        self.segment_managers: list[SegmentManager] = []
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if not isinstance(manager, SegmentManager):
-                raise RuntimeError(f"KV group {manager.kv_cache_group_id} is managed by {type(manager).__name__}")
-            manager.plans = self.plans
-            self.segment_managers.append(manager)
-        prove_allocation(self.kv_cache_config, planner, self.max_model_len, self.kv_cache_manager.coordinator)
+        self.keys: dict[str, RequestKeys] = {}
+        self.hasher = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
+        self.coordinator = adopt(self.kv_cache_manager.coordinator, self.plans, self.keys)
+        if self.cache_config.enable_prefix_caching:
+            keep_covered_images()
+        prove_allocation(self.kv_cache_config, planner, self.max_model_len, self.coordinator)
         self.counters = Counters(planner.profile.num_segments - 1)
+        self._unreduced: set[str] = set()  # requests whose images are not all in
         logger.info("eos: %s", startup_report(planner, self.vllm_config, self.kv_cache_config))
 
     def add_request(self, request: Request) -> None:
         """Plans the request before anything is allocated for it."""
-        if request.request_id not in self.requests and request.mm_features:
-            plan = plan_of_features(
-                self.planner, request.num_prompt_tokens, request.mm_features, request.sampling_params
-            )
-            if plan.reduces:
-                self.plans[request.request_id] = plan
+        name = request.request_id
+        if name not in self.requests:
+            plan = None
+            if request.mm_features:
+                plan = plan_of_features(
+                    self.planner, request.prompt_token_ids or (), request.mm_features, request.sampling_params
+                )
+                plan = plan if plan.reduces else None
+            if plan is not None:
+                self.plans[name] = plan
+                self._unreduced.add(name)
+            if self.cache_config.enable_prefix_caching:
+                self.keys[name] = RequestKeys(request, plan, self.block_size, self.hasher, self.planner.block > 1)
         super().add_request(request)
 
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """As vLLM's; tells the coordinator whose blocks it looks for."""
+        self.coordinator.looked_up = self.keys.get(request.request_id)
+        return super()._get_local_prefix_cache_hit(request)
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """As vLLM's; counts the prompts that it admits."""
-        output = super().schedule(*args, **kwargs)
-        if self.plans:
-            for request_id in (
-                *(data.req_id for data in output.scheduled_new_reqs),
-                *output.scheduled_cached_reqs.resumed_req_ids,
-            ):
-                if plan := self.plans.get(request_id):
-                    self.counters.count(plan)
-        return output
+        """As vLLM's; counts the images that the step reduces."""
+        self.coordinator.scheduling = True
+        try:
+            step = super().schedule(*args, **kwargs)
+        finally:
+            self.coordinator.scheduling = False
+        if self.plans and (resumed := step.scheduled_cached_reqs.resumed_req_ids):
+            self._unreduced.update(name for name in resumed if name in self.plans)
+        for name in self._unreduced.intersection(step.num_scheduled_tokens):
+            plan, end = self.plans[name], self.requests[name].num_computed_tokens
+            self.counters.count(plan, plan.images_in(end - step.num_scheduled_tokens[name], end))
+            if end >= plan.images_end:
+                self._unreduced.discard(name)
+        return step
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """As vLLM's, with the counts of this plugin on board (see :mod:`eos_vllm.serving.metrics`)."""
@@ -72,7 +91,7 @@ class EosSchedulerMixin(Scheduler):
     def blocks_held(self) -> list[int]:
         """KV blocks that requests hold now, per segment."""
         held = [0] * self.planner.profile.num_segments
-        for manager in self.segment_managers:
+        for manager in self.coordinator.single_type_managers:
             held[manager.kv_cache_spec.segment] += manager.blocks_held
         return held
 
@@ -84,19 +103,52 @@ class EosSchedulerMixin(Scheduler):
         encoder_compute_budget: int,
         **kwargs: Any,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """Schedules all images of a reduced prompt or none: where the encoder has no room, the prompt waits whole."""
-        result = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
-        )
-        if result[1] < num_new_tokens and request.request_id in self.plans:
+        """Ends no step within an image and its window; where encoder or step have no room for both, they wait whole."""
+        plan = self.plans.get(request.request_id)
+        if plan is None or num_computed_tokens >= plan.images_end:
+            return super()._try_schedule_encoder_inputs(
+                request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
+            )
+        wanted = num_new_tokens
+        while num_new_tokens := self._whole_spans(plan, num_computed_tokens, num_new_tokens, wanted):
+            result = super()._try_schedule_encoder_inputs(
+                request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
+            )
+            if result[1] == num_new_tokens:
+                return result
             # Asking took references to images that are cached already; kept while waiting, they could starve others.
             self.encoder_cache_manager.free(request)
-            return [], 0, encoder_compute_budget, [], []
-        return result
+            num_new_tokens = result[1]
+        return [], 0, encoder_compute_budget, [], []
+
+    def _whole_spans(self, plan: RequestPlan, computed: int, tokens: int, wanted: int) -> int:
+        """Tokens of a step that cuts no span. A few in front of an image wait for it, if both fit into one step."""
+        if not self.scheduler_config.enable_chunked_prefill and tokens < wanted:
+            return 0
+        clipped = plan.clip(computed, tokens)
+        if not self.scheduler_config.enable_chunked_prefill and clipped < wanted:
+            return 0
+        if 0 < clipped < min(tokens, self.block_size):
+            span = next(span for span in plan.atomic_spans if span.start >= computed)
+            if span.end - computed <= self.max_num_scheduled_tokens:
+                return 0
+        return clipped
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self.plans.pop(request.request_id, None)
+        self.keys.pop(request.request_id, None)
+        self._unreduced.discard(request.request_id)
+
+
+def keep_covered_images() -> None:
+    """Leaves the pixels of images under a cache hit in what the worker is sent.
+
+    Symptom: stock vLLM's V1 worker dies of "Encoder cache miss" when a request under a hit is preempted and its blocks
+    and encoder output are evicted before it resumes. Cause: the pixels are stripped before the worker sees them, and a
+    resumed request is not sent again. Why safe: they are sent as without a hit. Can go when V1 resends features.
+    """
+    output.strip_covered_mm_data = lambda features, *_, **__: features
 
 
 class EosScheduler(EosSchedulerMixin):

@@ -39,7 +39,7 @@ def expected(tiny_model: Any) -> Any:
 
     def answer(name: str, index: int, ask: Ask) -> Any:
         if name not in models:
-            models[name] = ReferenceModel.from_pretrained(str(tiny_model), PROFILES[name])
+            models[name] = ReferenceModel.from_pretrained(str(tiny_model), PROFILES[name], block=32)
         if (name, index) not in known:
             known[name, index] = models[name].generate(ask.prompt, ask.images, ask.max_tokens, ask.budget)
         return known[name, index]
@@ -110,7 +110,7 @@ def test_prompt_that_ends_in_an_image(tiny_model: Any) -> None:
         Ask("USER: look <image>", [sample_image(900)]),
         Ask("USER: <image><image>", [sample_image(901), sample_image(902)], budget=1),
     ]
-    reference = ReferenceModel.from_pretrained(str(tiny_model), PROFILES[name])
+    reference = ReferenceModel.from_pretrained(str(tiny_model), PROFILES[name], block=32)
     with engine(tiny_model, PROFILES[name]) as llm:
         answers = answer_all(llm, asks)
     for ask, answer in zip(asks, answers, strict=True):

@@ -51,7 +51,7 @@ def walk(prompts: list[Prompt], layout: BatchLayout, budget: int) -> None:
         assert [len(row) for row in rows] == layout.segment_lengths[s + 1].tolist()
 
 
-@given(prompts=batches(longest_image=10), budget=st.integers(1, 9))
+@given(prompts=batches(longest_image=10), budget=st.integers(1, 7))
 def test_every_step_keeps_all_text_and_the_planned_tokens_in_order(prompts: list[Prompt], budget: int) -> None:
     rows = [p.row(PLANNER, budget) for p in prompts]
     layout = build_layout(rows, 4, "relevant_text", CPU)

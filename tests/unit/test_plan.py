@@ -23,7 +23,7 @@ def kinds(prompt: Prompt) -> list[int | None]:
     return result
 
 
-@given(prompt=prompts(10, with_images=True), budget=st.integers(1, 9))
+@given(prompt=prompts(10, with_images=True), budget=st.integers(1, 7))
 def test_segment_length_is_what_is_left_when_each_image_keeps_its_count(prompt: Prompt, budget: int) -> None:
     plan, of = planned(prompt, budget), kinds(prompt)
     counts = (10**9, *Planner(PROFILE).counts(budget))
@@ -36,7 +36,7 @@ def test_segment_length_is_what_is_left_when_each_image_keeps_its_count(prompt: 
             assert plan.segment_length(segment, num_tokens) == text + sum(images)
 
 
-@given(prompt=prompts(10, with_images=True), budget=st.integers(1, 9))
+@given(prompt=prompts(10, with_images=True), budget=st.integers(1, 7))
 def test_segment_length_rises_with_tokens_and_falls_with_segments(prompt: Prompt, budget: int) -> None:
     plan = planned(prompt, budget)
     table = [[plan.segment_length(s, n) for n in range(prompt.length + 3)] for s in range(4)]
@@ -46,7 +46,7 @@ def test_segment_length_rises_with_tokens_and_falls_with_segments(prompt: Prompt
     assert all(row[-1] - row[-2] == 1 for row in table)
 
 
-@given(prompt=prompts(10, with_images=True), budget=st.integers(1, 9))
+@given(prompt=prompts(10, with_images=True), budget=st.integers(1, 7))
 def test_removed_is_the_sum_over_images_and_what_whole_prompts_lack(prompt: Prompt, budget: int) -> None:
     plan = planned(prompt, budget)
     counts = Planner(PROFILE).counts(budget)
@@ -56,7 +56,7 @@ def test_removed_is_the_sum_over_images_and_what_whole_prompts_lack(prompt: Prom
     assert plan.reduces == (lost[-1] > 0)
 
 
-@given(prompt=prompts(10, with_images=True), budget=st.integers(1, 9))
+@given(prompt=prompts(10, with_images=True), budget=st.integers(1, 7))
 def test_segment_start_is_where_an_image_stands_among_what_is_left(prompt: Prompt, budget: int) -> None:
     plan = planned(prompt, budget)
     for image, span in enumerate(prompt.spans):
