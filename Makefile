@@ -112,8 +112,8 @@ soak: setup
 	$(BIN)/python -m loadtests.soak --minutes 30 --out results/soak-cpu.json
 
 docs: setup
-	$(BIN)/eos-vllm profile schema > docs/eos-profile-1.schema.json.new
-	mv docs/eos-profile-1.schema.json.new docs/eos-profile-1.schema.json
+	$(BIN)/eos-vllm profile schema > docs/eos-profile.schema.json.new
+	mv docs/eos-profile.schema.json.new docs/eos-profile.schema.json
 
 # The environment stays: it takes minutes to make, and holds nothing of the project but a link to it.
 clean:

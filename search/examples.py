@@ -181,6 +181,10 @@ def prepare(model: Any, encoded: Encoded, rule: QueryRule, visual_tokens: int) -
 def _query_weights(
     rule: QueryRule, embeddings: torch.Tensor, prompt_length: int, spans: Sequence[ImageSpan]
 ) -> torch.Tensor:
-    whole = RequestPlan(prompt_length, tuple(spans), tuple((span.length,) for span in spans))
+    kept, windows = tuple((span.length,) for span in spans), (prompt_length,) * len(spans)
+    whole = RequestPlan(prompt_length, tuple(spans), kept, windows)
     layout = build_layout([LayoutRow(len(embeddings), whole)], 1, rule, embeddings.device)
-    return image_query_weights(rule, embeddings, layout)
+    weights = image_query_weights(rule, embeddings, layout)
+    if weights is None:
+        raise SettingError("importance.queries", rule, "the search needs text that asks", "choose a rule of text")
+    return weights

@@ -156,7 +156,11 @@ class ReferenceModel:
                 "scores", len(spans), "is the number of images, not 1", "give scores with one image only"
             )
         tokens = len(embeddings)
-        plan = RequestPlan(tokens, (), ()) if self.planner is None else self.planner.plan(tokens if ids is None else ids, spans, budget)
+        plan = (
+            RequestPlan(tokens, (), ())
+            if self.planner is None
+            else self.planner.plan(tokens if ids is None else ids, spans, budget)
+        )
         cache = DynamicCache(config=self.decoder.config)
         layout = weights = None
         if self.planner is not None and plan.reduces:
@@ -241,7 +245,9 @@ class ReferenceModel:
     ) -> Generation:
         """Answers greedily, ``max_tokens`` tokens or up to ``stop``; positions go on from the unreduced prompt."""
         embeddings, spans, ids = self.embed(prompt, images)
-        return self.answer(self.prefill(embeddings, spans, budget, scores, ids=ids.tolist()), len(embeddings), max_tokens, stop)
+        return self.answer(
+            self.prefill(embeddings, spans, budget, scores, ids=ids.tolist()), len(embeddings), max_tokens, stop
+        )
 
     @torch.no_grad()
     def answer(self, state: Prefill, prompt_length: int, max_tokens: int, stop: int | None = None) -> Generation:

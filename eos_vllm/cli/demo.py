@@ -125,7 +125,7 @@ def ask_all(server: Server, profile: Profile, token_bytes: int) -> list[Row]:
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-    planner, total = Planner(profile), profile.model.visual_tokens
+    planner, total = Planner(profile, block=32), profile.model.visual_tokens
     budgets = {STOCK: total, "profile": None, "request": max(1, profile.budget.tokens // 4)}
     rows = []
     for sample, question in questions():

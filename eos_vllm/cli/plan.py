@@ -32,6 +32,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--images", type=int, default=1, metavar="N", help="images of the prompt (default 1)")
     parser.add_argument("--dtype", default="float16", choices=DTYPE_BYTES, help="of the KV cache (default float16)")
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens per KV block (default 16)")
+    parser.add_argument(
+        "--exact-counts", action="store_true", help="the profile's counts, not rounded to whole KV blocks"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan for each budget; return 0."""
     profile = profiles.resolve(args.profile)
     model = find_geometry(profile, args.model)
-    planner = Planner(profile)
+    planner = Planner(profile, block=1 if args.exact_counts else args.block_size)
     budgets = [parse_budget(value, "retain") for value in args.retain or [profile.budget.tokens]]
     plans = [
         compare(model, planner, args.text_tokens, args.images, budget, args.dtype, args.block_size)

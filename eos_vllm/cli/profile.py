@@ -20,7 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "profile",
         help="list, show, validate, rescale and scale operator profiles",
-        description="Work with operator profiles (theta.json, schema eos-profile/1).",
+        description="Work with operator profiles (theta.json, schema eos-profile/2).",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
@@ -50,7 +50,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     action.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: standard output)")
     action.set_defaults(run=run_scale)
 
-    action = actions.add_parser("schema", help="print the JSON schema of eos-profile/1")
+    action = actions.add_parser("schema", help="print the JSON schema of eos-profile/2 (and /1)")
     action.set_defaults(run=run_schema)
 
 
@@ -127,7 +127,7 @@ def run_schema(_args: argparse.Namespace) -> int:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of ``eos-profile/1``. Rules that concern several fields are in words, in its description."""
+    """The JSON schema of ``eos-profile/2``; rules that concern several fields are in words, in its description."""
     schema = Profile.model_json_schema(by_alias=True)
     schema["description"] = (
         "Operator profile of eos-vllm. Beyond this schema: a file has at most 1 MiB; reducer layers strictly increase "

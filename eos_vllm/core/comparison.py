@@ -99,5 +99,7 @@ def compare(
         final=counts[-1],
         layer_average=layer_average(profile, counts),
         stock=prompt_cost(geometry, unreduced, (geometry.num_decoder_layers,), dtype, block_size),
-        reduced=prompt_cost(geometry, planner.plan(range(length), spans, budget), profile.segment_layers(), dtype, block_size),
+        reduced=prompt_cost(
+            geometry, planner.plan(range(length), spans, budget), profile.segment_layers(), dtype, block_size
+        ),
     )

@@ -145,7 +145,7 @@ class _Image:
         if not runs:  # no text follows: the window's last token asks
             return np.array([first_row + plan.segment_length(segment, plan.windows[i]) - 1])
         if last_only:
-            start, end, before = runs[-1]
+            _, end, before = runs[-1]
             runs = ((end - 1, end, before),)
         return np.concatenate([np.arange(a, b) - plan.lost[n][segment] for a, b, n in runs]) + first_row
 
@@ -254,22 +254,24 @@ class _StepDraft:
             visible = [row - origins[segment, r] + 1 for row, r in zip(rows, requests, strict=True)]
             last = [int(i.plan.last_token_is_visual and i.index == len(i.plan.spans) - 1) for i in group]
             takes_over = any(r in places for r in requests)
-            self.groups.append((
-                total,
-                keep,
-                int((cached + lengths)[segment, requests].max()),
-                [
-                    upload.add(members),
-                    upload.add(origins[segment, requests]),
-                    upload.add(cached[segment, requests]) if takes_over else None,
-                    upload.add([places.get(r, 0) for r in requests]) if takes_over else None,
-                    upload.add([_first_visual(i, segment, origins) for i in group]),
-                    upload.add([_first_visual(i, after, origins) for i in group]),
-                    upload.add(_padded(rows, 0)),
-                    upload.add(_padded(visible, 1)),
-                    upload.add(last) if any(last) else None,
-                ],
-            ))
+            self.groups.append(
+                (
+                    total,
+                    keep,
+                    int((cached + lengths)[segment, requests].max()),
+                    [
+                        upload.add(members),
+                        upload.add(origins[segment, requests]),
+                        upload.add(cached[segment, requests]) if takes_over else None,
+                        upload.add([places.get(r, 0) for r in requests]) if takes_over else None,
+                        upload.add([_first_visual(i, segment, origins) for i in group]),
+                        upload.add([_first_visual(i, after, origins) for i in group]),
+                        upload.add(_padded(rows, 0)),
+                        upload.add(_padded(visible, 1)),
+                        upload.add(last) if any(last) else None,
+                    ],
+                )
+            )
 
     def finish(self, upload: _Upload) -> ReducerStep:
         """The step, once the arrays are on the device."""
@@ -278,9 +280,7 @@ class _StepDraft:
             members, row, cached, place, visual, kept, queries, visible, last = (
                 None if slot is None else upload.view(slot) for slot in slots
             )
-            assert members is not None and row is not None and visual is not None and kept is not None
-            assert queries is not None and visible is not None
             groups.append(
-                ImageGroup(total, keep, longest, members, row, cached, place, visual, kept, queries, visible, last)
+                ImageGroup(total, keep, longest, members, row, cached, place, visual, kept, queries, visible, last)  # type: ignore[arg-type]
             )
         return ReducerStep(upload.view(self.source), tuple(groups), self.cached, self.tokens_in, self.tokens_kept)

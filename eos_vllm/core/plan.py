@@ -69,7 +69,7 @@ class RequestPlan:
 
     @cached_property
     def removed(self) -> tuple[int, ...]:
-        """Tokens that each segment lacks once all images are in: the one number per segment that a decode step needs."""
+        """Tokens that each segment lacks once all images are in: the number per segment that decode steps need."""
         return self.lost[-1] if self.kept else ()
 
     @cached_property
@@ -239,9 +239,7 @@ class Planner:
             self._counts[budget, total] = counts
         return counts
 
-    def plan(
-        self, prompt: Sequence[int] | int, spans: Sequence[ImageSpan], budget: int | None = None
-    ) -> RequestPlan:
+    def plan(self, prompt: Sequence[int] | int, spans: Sequence[ImageSpan], budget: int | None = None) -> RequestPlan:
         """Plans one request.
 
         Args:

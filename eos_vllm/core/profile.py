@@ -1,7 +1,7 @@
 """The operator profile: what the search exports and the server serves.
 
-The parameters are those of the paper's Eq. 9 and Definition 2.1. Schema ``eos-profile/2`` adds ``importance.window`` and
-the query rule ``image``; a file of ``eos-profile/1`` means what it always meant: all later text of the prompt asks.
+The parameters are those of the paper's Eq. 9 and Definition 2.1. Schema ``eos-profile/2`` adds ``importance.window``
+and the query rule ``image``; a file of ``eos-profile/1`` means what it always meant: all later text of the prompt asks.
 """
 
 import itertools
@@ -38,7 +38,7 @@ class ModelSpec(_Part):
 class ImportanceSpec(_Part):
     """How visual tokens are scored: which queries count, and how heads are joined (paper Eq. 7's q).
 
-    ``window`` bounds the text that counts (:mod:`eos_vllm.core.windows`): ``turn`` where absent, ``prompt`` in schema 1.
+    ``window`` bounds the text that counts (:mod:`eos_vllm.core.windows`): ``turn`` if absent, ``prompt`` in schema 1.
     ``queries: image`` lets the image's own last tokens ask, whatever the question; its window is the image.
     """
 
@@ -195,9 +195,7 @@ def parse_profile(data: str | bytes | dict[str, Any], source: str = "profile") -
         try:
             data = json.loads(data)
         except (ValueError, RecursionError) as e:
-            raise ProfileError(
-                "profile", source, f"it is no JSON ({e})", f"give a file of schema {SCHEMA}"
-            ) from None
+            raise ProfileError("profile", source, f"it is no JSON ({e})", f"give a file of schema {SCHEMA}") from None
     if not isinstance(data, dict):
         raise ProfileError("profile", source, "it is no JSON object", f"give a file of schema {SCHEMA}")
     if data.get("schema") not in SCHEMAS:

@@ -28,9 +28,7 @@ _READERS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] =
 }
 
 
-def read_keys(
-    layer: Attention, table: torch.Tensor, wanted: Sequence[tuple[int, int]]
-) -> list[torch.Tensor]:
+def read_keys(layer: Attention, table: torch.Tensor, wanted: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """Cached keys of some requests.
 
     Args:

@@ -1,4 +1,4 @@
-"""The chat template's generation prompt, at which windows of kind ``turn`` end: found by rendering, proved on a chat."""
+"""The chat template's generation prompt, at which windows of kind ``turn`` end: found by rendering, proved on chats."""
 
 import itertools
 from typing import Any
@@ -48,7 +48,7 @@ def find_marker(model_config: Any, chat_template: str | None = None) -> tuple[in
 def _render(model_config: Any, tokenizer: Any, turns: list[str], prompt: bool, chat_template: str | None) -> str:
     from vllm.renderers.hf import safe_apply_chat_template
 
-    chat = []
+    chat: list[Any] = []
     for i, text in enumerate(turns):
         image = [{"type": "image"}] if i == 0 else []
         chat.append({"role": ("user", "assistant")[i % 2], "content": [*image, {"type": "text", "text": text}]})
@@ -57,7 +57,7 @@ def _render(model_config: Any, tokenizer: Any, turns: list[str], prompt: bool, c
             safe_apply_chat_template(
                 model_config,
                 tokenizer,
-                chat,  # type: ignore[arg-type]
+                chat,
                 chat_template=chat_template,
                 tokenize=False,
                 add_generation_prompt=prompt,

@@ -80,8 +80,8 @@ def _with_flags(add_cli_args: Callable) -> Callable:
         group.add_argument(
             "--eos-exact-counts",
             action="store_true",
-            help="Keep exactly the counts of the profile instead of rounding what is removed to whole KV blocks; the KV "
-            "of reduced prompts is then shared up to their first image only.",
+            help="Keep exactly the profile's counts instead of rounding what is removed to whole KV blocks; the KV of "
+            "reduced prompts is then shared up to their first image only.",
         )
         return parser
 
@@ -144,8 +144,8 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
 
 def _set_marker(engine_args: Any, config: Any) -> None:
     """Puts the generation prompt's tokens into the configuration, where windows need them."""
-    from vllm.renderers.chat_utils import load_chat_template
     from vllm.logger import init_logger
+    from vllm.renderers.chat_utils import load_chat_template
 
     from eos_vllm.serving.chat_window import find_marker
 

@@ -70,6 +70,4 @@ def _planner(options: str, block_size: int) -> Planner:
 
 def reads_cached_keys(vllm_config: "VllmConfig") -> bool:
     """Whether an image may stand behind tokens of earlier steps, whose keys its scores then need."""
-    return bool(
-        vllm_config.cache_config.enable_prefix_caching or vllm_config.scheduler_config.enable_chunked_prefill
-    )
+    return bool(vllm_config.cache_config.enable_prefix_caching or vllm_config.scheduler_config.enable_chunked_prefill)

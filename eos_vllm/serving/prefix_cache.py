@@ -1,10 +1,10 @@
 """Names of the KV blocks of reduced prompts, for vLLM's prefix cache.
 
-A compact block of segment s is named by what decides its content: the exact prompt up to the end of the last window that
-reaches into it, and the reductions before that (places, windows, counts up to s). In segment 0 and in front of the first
-image this is vLLM's own hash. Since whole blocks are removed (``rounded_count``), a boundary between unreduced blocks is
-one between compact blocks wherever it is not within an image. The end of an image or a window is none: the block that it
-falls into gets a second name, a mark, and is taken over by copy (vLLM's copy-on-write of partial blocks).
+A compact block of segment s is named by what decides its content: the exact prompt up to the end of the last window
+that reaches into it, and the reductions before that (places, windows, counts up to s). In segment 0 and in front of the
+first image this is vLLM's own hash. Since whole blocks are removed (``rounded_count``), a boundary between unreduced
+blocks is one between compact blocks wherever it is not within an image. The end of an image or a window is none: the
+block that it falls into gets a second name, a mark, and is taken over by copy (vLLM's copy-on-write of partial blocks).
 """
 
 import math

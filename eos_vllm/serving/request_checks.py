@@ -35,7 +35,7 @@ def install_request_checks(planner: Planner) -> None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         check_params(planner, params)
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        check_request(planner, request, self.vllm_config.scheduler_config.max_num_batched_tokens)
+        check_request(planner, request, _longest_step(self.vllm_config))
         return request
 
     InputProcessor.process_inputs = checked  # type: ignore[method-assign]
@@ -47,6 +47,12 @@ def install_request_checks(planner: Planner) -> None:
         return await check_model(self, request)
 
     BaseServing._check_model = check_first  # type: ignore[method-assign]
+
+
+def _longest_step(vllm_config: Any) -> int:
+    """Tokens that a step can hold."""
+    scheduler = vllm_config.scheduler_config
+    return min(scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens, scheduler.max_num_batched_tokens)
 
 
 def _planner_of(processor: InputProcessor) -> Planner | None:

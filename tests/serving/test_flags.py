@@ -51,10 +51,21 @@ def test_good_flags_reach_every_process_by_one_place(tiny_model: Path, profile_f
     assert options["retain"] == 32
     assert config.scheduler_config.scheduler_cls == "eos_vllm.serving.scheduler.EosScheduler"
     assert config.parallel_config.worker_extension_cls == "eos_vllm.serving.worker.EosWorkerExtension"
-    assert config.cache_config.enable_prefix_caching is False
-    assert config.scheduler_config.enable_chunked_prefill is False
+    assert config.cache_config.enable_prefix_caching is True
+    assert config.scheduler_config.enable_chunked_prefill is True
     assert config.scheduler_config.max_num_batched_tokens >= config.model_config.max_model_len
+    assert config.cache_config.block_size == 32
+    assert options["marker"] is None  # all later text asks in schema 1
     assert not config.use_v2_model_runner
+
+
+def test_the_end_of_a_turn_is_found_in_the_template(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    file = tmp_path / "turn.json"
+    file.write_text(json.dumps(make_profile(schema="eos-profile/2").to_dict()), encoding="utf-8")
+    marker = configure(tiny_model, ["--eos-profile", str(file)]).additional_config["eos"]["marker"]
+    assert AutoTokenizer.from_pretrained(str(tiny_model)).decode(marker).strip() == "ASSISTANT:"
 
 
 def test_further_api_servers_get_the_profile_from_the_arguments(tiny_model: Path, profile_file: Path) -> None:
@@ -114,8 +125,8 @@ def test_a_profile_after_the_same_model_without(tiny_model: Path, profile_file: 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--enable-prefix-caching"], "enable-prefix-caching"),
-        (["--enable-chunked-prefill"], "enable-chunked-prefill"),
+        (["--kv-cache-dtype", "fp8", "--enable-prefix-caching"], "enable-prefix-caching"),
+        (["--long-prefill-token-threshold", "100"], "long-prefill-token-threshold"),
         (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "speculative-config"),
         (["--pipeline-parallel-size", "2"], "pipeline-parallel-size"),
         (["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'], "kv-transfer-config"),
@@ -123,8 +134,6 @@ def test_a_profile_after_the_same_model_without(tiny_model: Path, profile_file: 
         (["--enable-lora"], "enable-lora"),
         (["--disable-hybrid-kv-cache-manager"], "disable-hybrid-kv-cache-manager"),
         (["--scheduler-cls", "vllm.v1.core.sched.scheduler.Scheduler"], "scheduler-cls"),
-        (["--max-num-batched-tokens", "1024"], "max-num-batched-tokens"),
-        (["--max-num-scheduled-tokens", "1024"], "max-num-scheduled-tokens"),
         (["--eos-retain", "0"], "eos-retain='0'"),
         (["--eos-retain", "-4"], "eos-retain='-4'"),
         (["--eos-retain", "many"], "eos-retain='many'"),
@@ -222,9 +231,9 @@ def test_offline_settings_raise_the_same_line(tiny_model: Path) -> None:
 
 def test_the_command_says_one_line_and_no_traceback(tiny_model: Path, profile_file: Path) -> None:
     command = vllm_command(
-        "serve", str(tiny_model), "--eos-profile", str(profile_file), "--enable-prefix-caching", *BASE
+        "serve", str(tiny_model), "--eos-profile", str(profile_file), "--enable-lora", *BASE
     )
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
-    assert "eos-vllm: error: enable-prefix-caching=True" in done.stderr
+    assert "eos-vllm: error: enable-lora=True" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout

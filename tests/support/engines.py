@@ -27,7 +27,8 @@ class Ask:
 class Answer:
     token_ids: list[int]
     first_logprobs: dict[int, float]
-    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @contextmanager
@@ -47,7 +48,8 @@ def engine(model: Any, profile: Profile | None, retain: int | None = None, **set
         **settings,
     }
     if profile is not None:
-        del arguments["enable_prefix_caching"]
+        if "enable_prefix_caching" not in settings:
+            del arguments["enable_prefix_caching"]
         arguments["additional_config"] = {"eos": {"profile": profile.to_dict(), "retain": retain}}
     llm = LLM(str(model), **arguments)
     try:
@@ -61,6 +63,11 @@ def engine(model: Any, profile: Profile | None, retain: int | None = None, **set
 def scheduler_of(llm: Any) -> Any:
     """The scheduler of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def marker_of(llm: Any) -> list[int]:
+    """Tokens of the generation prompt that the engine found in the chat template."""
+    return list(llm.llm_engine.vllm_config.additional_config["eos"]["marker"] or ())
 
 
 def free_blocks(llm: Any) -> int:
@@ -88,6 +95,8 @@ def answer_all(llm: Any, asks: list[Ask]) -> list[Answer]:
         Answer(
             list(out.outputs[0].token_ids),
             {token: value.logprob for token, value in out.outputs[0].logprobs[0].items()},
+            len(out.prompt_token_ids),
+            out.num_cached_tokens or 0,
         )
         for out in outputs
     ]

@@ -11,7 +11,7 @@ from eos_vllm.cli import profile as profile_cli
 from eos_vllm.cli.main import main
 from eos_vllm.core.profile import read_profile
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "eos-profile-1.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "eos-profile.schema.json"
 
 
 def test_profile_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
