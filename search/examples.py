@@ -181,8 +181,7 @@ def prepare(model: Any, encoded: Encoded, rule: QueryRule, visual_tokens: int) -
 def _query_weights(
     rule: QueryRule, embeddings: torch.Tensor, prompt_length: int, spans: Sequence[ImageSpan]
 ) -> torch.Tensor:
-    kept, windows = tuple((span.length,) for span in spans), (prompt_length,) * len(spans)
-    whole = RequestPlan(prompt_length, tuple(spans), kept, windows)
+    whole = RequestPlan(prompt_length, tuple(spans), tuple((span.length,) for span in spans))
     layout = build_layout([LayoutRow(len(embeddings), whole)], 1, rule, embeddings.device)
     weights = image_query_weights(rule, embeddings, layout)
     if weights is None:

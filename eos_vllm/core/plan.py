@@ -45,7 +45,8 @@ class RequestPlan:
         prompt_length: tokens of the unreduced prompt, visual ones included.
         spans: the images, ascending and disjoint.
         kept: for each image the visual tokens left in each segment; ``kept[i][0]`` is the image's own length.
-        windows: for each image the position behind the last token that may score it, ascending.
+        windows: for each image the position behind the last token that may score it, ascending; the prompt's end where
+            left out.
         image_queries: this many of an image's own last tokens score it, and no text; 0 where text does.
     """
 
@@ -54,6 +55,10 @@ class RequestPlan:
     kept: tuple[tuple[int, ...], ...]
     windows: tuple[int, ...] = ()
     image_queries: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.windows) != len(self.spans):
+            object.__setattr__(self, "windows", (self.prompt_length,) * len(self.spans))
 
     @property
     def num_segments(self) -> int:

@@ -82,7 +82,7 @@ BAD = {
     "schedule for 0": ({"schedules": {"0": [40, 20, 9]}}, ("schedules", "'0'", "positive whole number")),
     "schedule for 09": ({"schedules": {"09": [40, 20, 9]}}, ("schedules", "'09'", "positive whole number")),
     "no schema": ({"schema": None}, ("profile.schema", "None", "eos-profile/1")),
-    "later schema": ({"schema": "eos-profile/2"}, ("profile.schema", "'eos-profile/2'", "eos-profile/1")),
+    "later schema": ({"schema": "eos-profile/3"}, ("profile.schema", "'eos-profile/3'", "eos-profile/2")),
 }
 
 
