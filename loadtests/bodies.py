@@ -12,8 +12,13 @@ _TOO_LONG = 1_000_000
 
 def user_message(ask: Ask) -> dict[str, Any]:
     """The user's turn: pictures first, so that the question that follows decides what is kept of them."""
-    images = [{"type": "image_url", "image_url": {"url": picture.data_url()}} for picture in ask.pictures]
+    images = [{"type": "image_url", "image_url": {"url": picture.encoded}} for picture in ask.pictures]
     return {"role": "user", "content": [*images, {"type": "text", "text": ask.prompt}]}
+
+
+def system_message(ask: Ask) -> list[dict[str, Any]]:
+    """What stands in front of all turns: the system prompt, or nothing."""
+    return [{"role": "system", "content": ask.system}] if ask.system else []
 
 
 def body_of(workload: Workload, ask: Ask, messages: list[dict[str, Any]]) -> dict[str, Any] | bytes:
@@ -21,7 +26,7 @@ def body_of(workload: Workload, ask: Ask, messages: list[dict[str, Any]]) -> dic
     body: dict[str, Any] = {
         "model": workload.model,
         "messages": messages,
-        "max_tokens": workload.output_tokens,
+        "max_tokens": ask.output_tokens or workload.output_tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loadtests.records import Record, read_records
-from loadtests.server_metrics import Watch
+from loadtests.server_metrics import Watch, fetch
 from loadtests.settings import Workload
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ class LocustError(RuntimeError):
 
 @dataclass(frozen=True)
 class CellRun:
-    """What a cell gave: its records, the server's metrics, the client's own lag, and the seconds that it all took."""
+    """What a run gave: its records, the server's metrics, the client's own facts, and the seconds that it all took."""
 
     records: list[Record]
     metrics: dict[str, Any]
@@ -32,12 +33,12 @@ class CellRun:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for the raw results."""
+        """Plain data for raw results in bulk."""
         return {
             "seconds": round(self.seconds, 2),
             "client": self.client,
             "metrics": self.metrics,
-            "requests": [record.to_dict() for record in self.records],
+            "requests": [record.compact() for record in self.records],
         }
 
 
@@ -51,6 +52,22 @@ def locust_command(workload: Workload, folder: Path, extra: tuple[str, ...] = ()
         *("--workload", str(folder / "workload.json"), "--records", str(folder / "records.jsonl")),
         *extra,
     ]
+
+
+def settle(base_url: str, seconds: float = 120.0) -> None:
+    """Waits until the server has nothing more to do: what one run cut off shall not slow the next.
+
+    Raises:
+        LocustError: it is still busy after so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(OSError, ValueError):
+            values = fetch(base_url).values
+            if not values.get("running") and not values.get("waiting"):
+                return
+        time.sleep(0.1)
+    raise LocustError(f"the server was still busy {seconds:g} s after its last request was sent")
 
 
 def run_cell(workload: Workload, folder: Path, period: float = 1.0, extra: tuple[str, ...] = ()) -> CellRun:

@@ -79,6 +79,7 @@ def ask(
     abort_after: int | None = None,
     tokens: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    reply: Reply | None = None,
 ) -> Reply:
     """Sends one streaming chat completion and reads it to its end; never raises for what a server may do.
 
@@ -90,8 +91,10 @@ def ask(
         abort_after: close the stream after so many pieces of the answer; 0: as soon as the request is accepted.
         tokens: length that the answer must have by the server's count, where it is fixed.
         clock: seconds.
+        reply: is filled and returned; a caller that may be stopped in between has in it what came until then.
     """
-    reply, start = Reply(), clock()
+    reply = Reply() if reply is None else reply
+    start = clock()
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
     try:

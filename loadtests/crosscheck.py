@@ -19,14 +19,15 @@ from typing import Any
 from eos_vllm.cli.server_process import ServerError
 from eos_vllm.core.errors import EosError
 from loadtests.cell import LocustError, run_cell
-from loadtests.figures import Cell, Group
+from loadtests.figures import Steady
 from loadtests.grid import Kind, Load
+from loadtests.measures import percentile
 from loadtests.origin import origin
 from loadtests.peers import PeerError, PeerFigures, guidellm, guidellm_command, vllm_bench
 from loadtests.questions import export_benchmark
-from loadtests.settings import Workload
+from loadtests.settings import Workload, at_least_one
 from loadtests.subjects import serving, speed_subject
-from loadtests.sweep_options import PROMPT_CHARACTERS, SweepOptions
+from loadtests.sweep_options import EAGER, PROMPT_CHARACTERS, SweepOptions
 
 FIGURES = ("requests_per_second", "ttft", "tpot")
 _TOLERANCE = 0.05
@@ -45,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args(argv)
     try:
-        options = SweepOptions(args.out, preset=args.preset, loads=(Load(args.requests, args.concurrency),))
-        runs = measure(options, args.retain, args.repeats)
+        options = SweepOptions(
+            args.out, preset=args.preset, scenarios=("single",), loads=(Load(args.concurrency),), server_arguments=EAGER
+        )
+        for name in ("requests", "repeats", "retain"):
+            at_least_one(name, getattr(args, name))
+        runs = measure(options, args.retain, args.requests, args.repeats)
     except EosError as e:
         print(f"loadtests.crosscheck: error: {e}", file=sys.stderr)
         return 2
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = options.loads[0]
     result = {
         "provenance": origin(seed=options.seed),
-        "settings": options.to_dict() | {"budgets": [args.retain], "phases": [], "load": asdict(load)},
+        "settings": {**options.to_dict(), "budget": args.retain, "requests": args.requests, "load": asdict(load)},
         "guidellm": "installed" if guidellm_command() else "not installed: left out",
         "runs": runs,
         "comparison": comparison,
@@ -68,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(row["agrees"] for row in comparison) else 1
 
 
-def measure(options: SweepOptions, budget: int, repeats: int) -> list[dict[str, Any]]:
+def measure(options: SweepOptions, budget: int, requests: int, repeats: int) -> list[dict[str, Any]]:
     """Runs every tester on both servers, in turn, ``repeats`` times.
 
     Raises:
@@ -79,11 +84,11 @@ def measure(options: SweepOptions, budget: int, repeats: int) -> list[dict[str, 
         folder = Path(name)
         subject = speed_subject(options, folder)
         load = options.loads[0]
-        with serving(options, "large", subject) as (pair, served):
+        with serving(options, subject) as (pair, served):
             testers = _testers(str(subject.model))
             kinds: tuple[Kind, ...] = ("stock", "eos")
             number = (repeats + 1) * len(kinds) * len(testers)
-            parts = iter(split_rows(export_benchmark(folder / "rows", load.requests * number), number))
+            parts = iter(split_rows(export_benchmark(folder / "rows", requests * number), number))
             for repeat in range(repeats + 1):
                 for kind in kinds:
                     for tester, run in testers.items():
@@ -94,7 +99,7 @@ def measure(options: SweepOptions, budget: int, repeats: int) -> list[dict[str, 
                             model=served,
                             rows=str(next(parts)),
                             concurrency=load.concurrency,
-                            requests=load.requests if repeat else load.concurrency,
+                            requests=requests if repeat else load.concurrency,
                             budgets=() if kind == "stock" else (budget,),
                             label=label,
                             output_tokens=options.output_tokens,
@@ -138,12 +143,13 @@ def by_locust(workload: Workload, folder: Path) -> PeerFigures:
         LocustError: it ended badly, or nothing was answered.
     """
     run = run_cell(workload, folder)
-    cell = Cell("", 1, "", workload.concurrency, None, 0, "", run.seconds, tuple(run.records), run.metrics, run.client)
-    group = Group("", "", workload.concurrency, (cell,))
-    ttft, tpot = group.ttft(50), group.tpot(50)
+    steady = Steady.of(run.records, run.client)
+    ttft = percentile((r.ttft for r in steady.full if r.ttft is not None), 50)
+    tpot = percentile((r.tpot for r in steady.full if r.tpot is not None), 50)
     if ttft is None or tpot is None:
-        raise LocustError(f"no request was answered: {dict(cell.failures)}")
-    return PeerFigures(len(cell.good), cell.requests_per_second, ttft, tpot)
+        causes = sorted({record.cause or "" for record in run.records})
+        raise LocustError(f"no request was answered: {', '.join(causes)}")
+    return PeerFigures(len(steady.full), steady.requests_per_second, ttft, tpot)
 
 
 def compare(runs: Sequence[dict[str, Any]], tolerance: float = _TOLERANCE) -> list[dict[str, Any]]:

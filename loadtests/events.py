@@ -16,18 +16,18 @@ def fire(environment: Any, record: Record) -> None:
     """Tells locust of one request: a row for the request itself, and one for each figure of it.
 
     Rows of type ``CHAT`` are requests; their time is the whole answer's. ``METRIC`` rows hold milliseconds (``tokens
-    out``: tokens), so locust's own "Aggregated" row mixes both and means nothing here. Requests that the client left,
-    or broke on purpose, have types of their own.
+    out``: tokens), so locust's own "Aggregated" row mixes both and means nothing here. Requests that the client left
+    or broke on purpose, or that the end of the run cut off, have types of their own.
     """
     kind = "CHAT"
     if record.fault is not None:
         kind = "BROKEN"
-    elif record.aborted:
-        kind = "ABORTED"
+    elif record.aborted or record.cut:
+        kind = "ABORTED" if record.aborted else "CUT"
     error = None if record.cause is None else RequestFailed(record.cause)
     seconds = record.end if kind != "CHAT" or not record.times else record.times[-1]
     _event(environment, kind, record.fault or record.scenario, seconds * 1000, record.tokens_out or 0, error)
-    if not record.good:
+    if not record.good or record.starter:
         return
     _event(environment, METRIC, "end to end", record.times[-1] * 1000)
     if record.ttft is not None:

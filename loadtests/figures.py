@@ -1,25 +1,76 @@
-"""Figures of cells from their raw records: rates, latencies, goodput, KV memory, agreement of client and server."""
+"""Figures of cells from their raw records: rates and latencies of the steady part, goodput, lateness, failures."""
 
-import itertools
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loadtests.grid import Load
 from loadtests.measures import Slo, percentile
 from loadtests.records import Record
+
+
+@dataclass(frozen=True)
+class Steady:
+    """The part of a run that counts: from ``opened`` to ``closed``, seconds on the run's clock.
+
+    A run without a window counts whole: from the first request sent to the last token.
+    """
+
+    records: tuple[Record, ...]
+    opened: float
+    closed: float
+
+    @classmethod
+    def of(cls, records: Sequence[Record], client: dict[str, Any]) -> "Steady":
+        """The window that the client noted, or the whole run."""
+        window = client.get("window")
+        if window is not None:
+            # A run that ended before its window did has nothing to count.
+            opened = window["opened"] if window["opened"] is not None else 0.0
+            return cls(tuple(records), opened, opened if window["closed"] is None else window["closed"])
+        ends = [record.finished for record in records if record.good]
+        starts = [record.started for record in records]
+        return cls(tuple(records), min(starts, default=0.0) - 1e-9 if ends else 0.0, max(ends, default=0.0))
+
+    @property
+    def answered(self) -> list[Record]:
+        """Requests whose last token came within."""
+        return [r for r in self.records if r.good and self.opened < r.finished <= self.closed]
+
+    @property
+    def full(self) -> list[Record]:
+        """Those of them that no ramp shortened."""
+        return [record for record in self.answered if not record.starter]
+
+    @property
+    def begun(self) -> list[Record]:
+        """Unshortened requests whose first token came within, those cut off later included."""
+        return [
+            r
+            for r in self.records
+            if (r.good or r.cut) and not r.starter and r.ttft is not None and self._within(r.started + r.ttft)
+        ]
+
+    def _within(self, moment: float) -> bool:
+        return self.opened < moment <= self.closed
+
+    @property
+    def requests_per_second(self) -> float:
+        """Requests answered within, per second."""
+        length = self.closed - self.opened
+        return len(self.answered) / length if length > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Cell:
     """One raw cell, read."""
 
-    phase: str
-    repeat: int
+    scenario: str
+    load: Load
     setting: str
-    concurrency: int
-    rate: float | None
+    repeat: int
     seed: int
     started: str
     seconds: float
@@ -31,11 +82,10 @@ class Cell:
     def from_dict(cls, raw: dict[str, Any]) -> "Cell":
         """Reads what the sweep wrote."""
         return cls(
-            phase=raw["phase"],
-            repeat=raw["repeat"],
+            scenario=raw["scenario"],
+            load=Load(**raw["load"]),
             setting=raw["setting"],
-            concurrency=raw["load"]["concurrency"],
-            rate=raw["load"]["rate"],
+            repeat=raw["repeat"],
             seed=raw["seed"],
             started=raw["started"],
             seconds=raw["seconds"],
@@ -45,155 +95,83 @@ class Cell:
         )
 
     @property
-    def load(self) -> float:
-        """Users of a closed loop, or arrivals per second of an open one."""
-        return self.concurrency if self.rate is None else self.rate
-
-    @property
-    def good(self) -> list[Record]:
-        """Requests that were answered in full."""
-        return [record for record in self.records if record.good]
-
-    @property
-    def duration(self) -> float:
-        """Seconds from the first request sent to the last token; 0 where nothing was answered."""
-        good = self.good
-        return max(r.finished for r in good) - min(r.started for r in self.records) if good else 0.0
-
-    def per_second(self, count: float) -> float:
-        """``count`` over the duration."""
-        return count / self.duration if self.duration > 0 else 0.0
+    def steady(self) -> Steady:
+        """What counts of it."""
+        return Steady.of(self.records, self.client)
 
     @property
     def requests_per_second(self) -> float:
-        """Requests answered in full, per second."""
-        return self.per_second(len(self.good))
+        """Requests answered in the window, per second."""
+        return self.steady.requests_per_second
 
     def goodput(self, slo: Slo) -> float:
-        """Those that kept the limits, per second."""
-        return self.per_second(sum(slo.met(record) for record in self.records))
+        """Requests per second that kept the limits."""
+        full = self.steady.full
+        return self.requests_per_second * sum(slo.met(r) for r in full) / len(full) if full else 0.0
 
     @property
     def failures(self) -> Counter[str]:
-        """Failed requests by cause."""
+        """Failed requests by cause, in the ramp too."""
         return Counter(record.cause for record in self.records if record.cause is not None)
-
-    def kv_per_request(self, block_bytes: int) -> float | None:
-        """Bytes of KV memory per running request: mean over the looks at the server, each weighing its requests."""
-        series, blocks = self.metrics["series"], self.metrics["blocks"]
-        running = sum(series.get("running", ()))
-        if blocks is None or not running or "kv_usage" not in series:
-            return None
-        busy = zip(series["kv_usage"], series["running"], strict=True)
-        return sum(usage for usage, running_now in busy if running_now) * blocks * block_bytes / running
-
-    @property
-    def most_running(self) -> int | None:
-        """Most requests seen running at once."""
-        running = self.metrics["series"].get("running")
-        return int(max(running)) if running else None
-
-    @property
-    def repeated_images(self) -> tuple[int, int]:
-        """Images shown that the run had shown before, and all images shown."""
-        meant = [record for record in self.records if record.fault is None]
-        return sum(r.repeats for r in meant), sum(r.images for r in meant)
-
-    def agreement(self) -> dict[str, tuple[float, float]]:
-        """What client and server counted: answered requests, tokens out, tokens of prompts.
-
-        Empty where the server counts nothing, or where requests were left or failed: a server counts their tokens,
-        a client cannot.
-        """
-        rise = self.metrics["rise"]
-        if len(self.good) != len(self.records) or "answered" not in rise:
-            return {}
-        return {
-            "requests": (len(self.good), rise["answered"]),
-            "tokens out": (sum(r.tokens_out or 0 for r in self.good), rise.get("generation_tokens", 0)),
-            "prompt tokens": (sum(r.prompt_tokens or 0 for r in self.good), rise.get("prompt_tokens", 0)),
-        }
 
 
 @dataclass(frozen=True)
 class Group:
-    """The repeats of one setting under one load in one phase."""
+    """The repeats of one setting under one load in one scenario."""
 
-    phase: str
+    scenario: str
+    load: Load
     setting: str
-    load: float
     cells: tuple[Cell, ...]
 
     @property
-    def good(self) -> list[Record]:
-        """Answered requests of all repeats."""
-        return [record for cell in self.cells for record in cell.good]
-
-    @property
-    def rates(self) -> list[float]:
-        """Requests per second of each repeat."""
-        return [cell.requests_per_second for cell in self.cells]
-
-    @property
     def rate(self) -> float:
-        """Median of the repeats."""
-        return statistics.median(self.rates)
+        """Requests per second: median of the repeats."""
+        return statistics.median(cell.requests_per_second for cell in self.cells)
 
-    def goodputs(self, slo: Slo) -> list[float]:
-        """Goodput of each repeat."""
-        return [cell.goodput(slo) for cell in self.cells]
+    def goodput(self, slo: Slo) -> float:
+        """Requests per second that kept the limits: median of the repeats."""
+        return statistics.median(cell.goodput(slo) for cell in self.cells)
 
-    def ttft(self, share: float) -> float | None:
-        """Percentile of the time to first token over all repeats' requests, in seconds."""
-        return percentile((r.ttft for r in self.good if r.ttft is not None), share)
+    @property
+    def full(self) -> list[Record]:
+        """Unshortened answers of all repeats' windows."""
+        return [record for cell in self.cells for record in cell.steady.full]
+
+    def ttft(self, share: float, question: int | None = None, from_due: bool = False) -> float | None:
+        """Percentile of the time to first token in seconds, of all questions of a visit or of one.
+
+        ``from_due`` counts from when an open loop's request was due, not from when it was sent.
+        """
+        begun = [r for cell in self.cells for r in cell.steady.begun if question in (None, r.question)]
+        moments = [r.from_due if from_due else r.ttft for r in begun]
+        return percentile((m for m in moments if m is not None), share)
 
     def tpot(self, share: float) -> float | None:
-        """Percentile of the time per output token over all repeats' requests, in seconds."""
-        return percentile((r.tpot for r in self.good if r.tpot is not None), share)
-
-    def itl(self, share: float) -> float | None:
-        """Percentile of the inter-token latency, in seconds."""
-        gaps = (later - earlier for r in self.good for earlier, later in itertools.pairwise(r.times))
-        return percentile(gaps, share)
+        """Percentile of the time per output token after the first, in seconds."""
+        return percentile((r.tpot for r in self.full if r.tpot is not None), share)
 
     def e2e(self, share: float) -> float | None:
         """Percentile of the time to the last token, in seconds."""
-        return percentile((r.times[-1] for r in self.good if r.times), share)
+        return percentile((r.times[-1] for r in self.full if r.times), share)
 
-    @property
-    def marks(self) -> tuple[int, int]:
-        """Right answers, and answers that could be marked."""
-        marked = [record.right for record in self.good if record.right is not None]
-        return sum(marked), len(marked)
+    def late(self, share: float) -> float | None:
+        """Percentile of how much later than due an open loop's visits were sent, in seconds."""
+        first = (r.late for cell in self.cells for r in cell.steady.begun if r.question == 1)
+        return percentile(first, share)
 
-    @property
-    def prompt_tokens(self) -> float | None:
-        """Mean tokens of a prompt by the server's count."""
-        return statistics.fmean(r.prompt_tokens or 0 for r in self.good) if self.good else None
-
-    def kv_per_request(self, block_bytes: int) -> float | None:
-        """Mean of the cells' own."""
-        found = [value for cell in self.cells if (value := cell.kv_per_request(block_bytes)) is not None]
-        return statistics.fmean(found) if found else None
-
-    @property
-    def most_running(self) -> int | None:
-        """Most requests seen running at once in any repeat."""
-        return max((cell.most_running for cell in self.cells if cell.most_running is not None), default=None)
+    def by_repeat(self, figure: Callable[["Group"], float | None]) -> dict[int, float]:
+        """A figure of each repeat alone, where it has one above 0."""
+        ones = {cell.repeat: figure(Group(self.scenario, self.load, self.setting, (cell,))) for cell in self.cells}
+        return {repeat: value for repeat, value in ones.items() if value}
 
 
 def groups_of(cells: Sequence[Cell]) -> list[Group]:
-    """Cells by phase, load and setting, in the order in which they first come."""
-    found: dict[tuple[str, str, float], list[Cell]] = {}
+    """Cells by scenario, load and setting, in the order in which they first come."""
+    found: dict[tuple[str, Load, str], list[Cell]] = {}
     for cell in cells:
-        found.setdefault((cell.phase, cell.setting, cell.load), []).append(cell)
+        found.setdefault((cell.scenario, cell.load, cell.setting), []).append(cell)
     return [
-        Group(phase, setting, load, tuple(sorted(members, key=lambda cell: cell.repeat)))
-        for (phase, setting, load), members in found.items()
+        Group(scenario, load, setting, tuple(sorted(members, key=lambda cell: cell.repeat)))
+        for (scenario, load, setting), members in found.items()
     ]
-
-
-def ratios(group: Group, stock: Group) -> list[float]:
-    """Requests per second against stock's in the same repeat; repeats that only one of them has are left out."""
-    rates = {cell.repeat: cell.requests_per_second for cell in stock.cells}
-    return [c.requests_per_second / rates[c.repeat] for c in group.cells if rates.get(c.repeat)]

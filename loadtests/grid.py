@@ -1,21 +1,33 @@
 """Which cells a sweep measures and in which order: stock and eos take turns, so that a drifting machine slows both."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Final, Literal
 
 from eos_vllm.core.errors import SettingError
 from loadtests.settings import at_least_one
 
-STOCK = "stock"
-Kind = Literal["stock", "eos"]
+Kind = Literal["stock", "stock-restricted", "eos"]
+STOCK: Final = "stock"
+RESTRICTED: Final = "stock-restricted"
+
+# Weights of the kinds of visit that each scenario sends.
+SCENARIOS: dict[str, dict[str, float]] = {
+    "single": {"single": 1.0},
+    "several": {"several": 1.0},
+    "multi_turn": {"multi_turn": 1.0},
+    "mixed": {"single": 3.0, "several": 1.0, "multi_turn": 1.0, "text_only": 1.0},
+    "shared_system": {"shared_system": 1.0},
+    "long_text": {"long_text": 1.0},
+    "two_images": {"two_images": 1.0},
+    "text_only": {"text_only": 1.0},
+}
 
 
 @dataclass(frozen=True)
 class Load:
     """How hard a cell pushes: ``concurrency`` users of a closed loop, or ``rate`` visits per second of an open one."""
 
-    requests: int
     concurrency: int = 1
     rate: float | None = None
 
@@ -27,118 +39,103 @@ class Load:
     @property
     def label(self) -> str:
         """For people."""
-        return f"{self.concurrency} at once" if self.rate is None else f"{self.rate:g} arrivals/s"
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Cells that share a pair of servers.
-
-    Attributes:
-        name: ``large`` and ``bound`` for the KV cache, ``accuracy`` for the benchmark's answers.
-        loads: how hard, one after the other.
-        repeats: times that all of it is measured.
-    """
-
-    name: str
-    loads: tuple[Load, ...]
-    repeats: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        if self.rate is not None:
+            return f"{self.rate:g} visits/s"
+        return "1 user" if self.concurrency == 1 else f"{self.concurrency} users"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One locust run: a setting (``stock`` or a budget) under a load; ``repeat`` counts from 1."""
+    """One locust run: a setting (stock or a budget) under a load in a scenario; ``repeat`` counts from 1."""
 
-    phase: str
-    repeat: int
+    scenario: str
     load: Load
     setting: str
+    repeat: int
 
     @property
     def key(self) -> str:
         """Name of the cell; also that of its file, and the stamp of its images."""
-        return f"{self.phase}/r{self.repeat}/{self.load.name}/{self.setting}"
+        return f"{self.scenario}/{self.load.name}/{self.setting}/r{self.repeat}"
 
     @property
     def kind(self) -> Kind:
         """The server that it needs."""
+        if self.setting == RESTRICTED:
+            return RESTRICTED
         return "stock" if self.setting == STOCK else "eos"
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """What its requests name."""
-        return () if self.setting == STOCK else (int(self.setting),)
+        return (int(self.setting),) if self.kind == "eos" else ()
 
 
-def cells_of(phase: Phase, budgets: Sequence[int], serial: bool = False) -> list[Cell]:
-    """The cells of a phase in order.
+def cells_of(
+    scenarios: Sequence[str], loads: Sequence[Load], settings: Sequence[str], repeat: int, serial: bool = False
+) -> list[Cell]:
+    """One repeat of all cells in order.
 
-    Interleaved, stock and all budgets follow each other at every load, there in odd repeats and back in even ones.
-    ``serial`` is for machines that hold one server at a time: all loads of stock, then all of eos, per repeat.
+    All settings follow each other in every scenario under every load, there in odd repeats and back in even ones.
+    ``serial`` is for machines that hold one server at a time: all cells of one server, then all of the other.
     """
-    cells = []
-    for repeat in range(1, phase.repeats + 1):
-        settings = [STOCK, *map(str, budgets)]
-        if repeat % 2 == 0:
-            settings.reverse()
-        block = [Cell(phase.name, repeat, load, setting) for load in phase.loads for setting in settings]
-        if serial:
-            first = block[0].kind
-            block.sort(key=lambda cell: cell.kind != first)
-        cells += block
+    ordered = list(settings) if repeat % 2 else list(reversed(settings))
+    cells = [Cell(name, load, setting, repeat) for load in loads for name in scenarios for setting in ordered]
+    if serial:
+        kinds = list(dict.fromkeys(cell.kind for cell in cells))
+        cells.sort(key=lambda cell: kinds.index(cell.kind))
     return cells
 
 
-def parse_loads(concurrencies: str, requests: str, rates: str | None = None) -> tuple[Load, ...]:
-    """Loads from comma-separated numbers; ``requests`` has one number for each load, or one for all.
+def parse_loads(concurrencies: str, rates: str | None = None) -> tuple[Load, ...]:
+    """Loads from comma-separated numbers: users, or arrival rates where given.
 
     Raises:
-        SettingError: no number, or the lists do not match.
+        SettingError: no number above 0.
     """
-    values: list[float] = []
-    name, text = ("rate", rates) if rates else ("concurrency", concurrencies)
-    for part in text.split(","):
+    if rates is None:
+        return tuple(Load(concurrency=users) for users in parse_numbers("concurrency", concurrencies, "1,8,24"))
+    loads = []
+    for part in rates.split(","):
         try:
-            values.append(float(part) if rates else int(part))
+            rate = float(part)
         except ValueError:
-            raise SettingError(name, part, "it is no number", "e.g. 1,8,24") from None
-    counts = _whole_numbers("requests", requests)
-    if len(counts) == 1:
-        counts *= len(values)
-    if len(counts) != len(values):
-        problem = f"there are {len(values)} loads"
-        raise SettingError("requests", requests, problem, "give one number for each of them, or one for all")
-    for value in values:
-        if value <= 0:
-            raise SettingError(name, value, "it must be above 0", "give a positive number")
-    if rates:
-        return tuple(Load(n, rate=rate) for n, rate in zip(counts, values, strict=True))
-    return tuple(Load(n, concurrency=int(users)) for n, users in zip(counts, values, strict=True))
+            raise SettingError("rates", part, "it is no number", "e.g. 0.2,0.5") from None
+        if not rate > 0:
+            raise SettingError("rates", part, "it must be above 0", "e.g. 0.2,0.5")
+        loads.append(Load(rate=rate))
+    return tuple(loads)
 
 
-def parse_budgets(text: str) -> tuple[int, ...]:
-    """Budgets from comma-separated whole numbers, each once.
+def parse_scenarios(text: str) -> tuple[str, ...]:
+    """Scenarios from a comma-separated list, each once.
+
+    Raises:
+        SettingError: there is no such scenario, or one stands there twice.
+    """
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in SCENARIOS:
+            raise SettingError("scenarios", name, "no such scenario", f"choose from {', '.join(SCENARIOS)}")
+        if names.count(name) > 1:
+            raise SettingError("scenarios", name, "it stands there twice", "name each once")
+    return tuple(names)
+
+
+def parse_numbers(name: str, text: str, example: str) -> tuple[int, ...]:
+    """Whole numbers of 1 or more from a comma-separated list, each once.
 
     Raises:
         SettingError: no whole number of 1 or more, or one that stands there twice.
     """
-    budgets = _whole_numbers("budgets", text)
-    if len(set(budgets)) != len(budgets):
-        raise SettingError("budgets", text, "a budget stands there twice", "name each once")
-    return tuple(budgets)
-
-
-def _whole_numbers(name: str, text: str) -> list[int]:
     numbers = []
     for part in text.split(","):
         try:
             number = int(part)
         except ValueError:
-            raise SettingError(name, part, "it is no whole number", "e.g. 576,192,64,16") from None
+            raise SettingError(name, part, "it is no whole number", f"e.g. {example}") from None
         at_least_one(name, number)
+        if number in numbers:
+            raise SettingError(name, part, "it stands there twice", "name each once")
         numbers.append(number)
-    return numbers
+    return tuple(numbers)

@@ -22,7 +22,7 @@ from loadtests.grid import Kind, Load
 from loadtests.questions import export_benchmark
 from loadtests.settings import Workload, at_least_one
 from loadtests.subjects import serving, speed_subject
-from loadtests.sweep_options import PROMPT_CHARACTERS, SweepOptions
+from loadtests.sweep_options import EAGER, PROMPT_CHARACTERS, SweepOptions
 
 FLOOR = Path(__file__).with_name("floor.json")
 _THERE_AND_BACK: tuple[Kind, ...] = ("stock", "eos", "eos", "stock")
@@ -93,10 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--floor", type=Path, default=FLOOR, help="JSON file of the floor (default: the committed one)")
     args = parser.parse_args(argv)
     try:
-        at_least_one("rounds", args.rounds)
+        for name in ("rounds", "concurrency", "requests"):
+            at_least_one(name, getattr(args, name))
         floor = read_floor(args.floor)
-        options = SweepOptions(Path(), preset=floor.preset, loads=(Load(args.requests, args.concurrency),))
-        seconds, failed = measure(options, floor, args.rounds)
+        options = SweepOptions(
+            Path(), preset=floor.preset, scenarios=("single",), loads=(Load(args.concurrency),), server_arguments=EAGER
+        )
+        seconds, failed = measure(options, floor, args.requests, args.rounds)
     except EosError as e:
         print(f"loadtests.guard: error: {e}", file=sys.stderr)
         return 2
@@ -108,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if decision.passes else 1
 
 
-def measure(options: SweepOptions, floor: Floor, rounds: int) -> tuple[list[dict[Kind, float]], int]:
+def measure(options: SweepOptions, floor: Floor, requests: int, rounds: int) -> tuple[list[dict[Kind, float]], int]:
     """Seconds per request of stock and eos in each round, and the requests that were not answered.
 
     Raises:
@@ -120,8 +123,8 @@ def measure(options: SweepOptions, floor: Floor, rounds: int) -> tuple[list[dict
     with tempfile.TemporaryDirectory(prefix="eos-guard-") as name:
         folder = Path(name)
         subject = speed_subject(options, folder)
-        rows = export_benchmark(folder / "rows", load.requests)
-        with serving(options, "large", subject) as (pair, served):
+        rows = export_benchmark(folder / "rows", requests)
+        with serving(options, subject) as (pair, served):
             # Round 0 warms up.
             for number in range(rounds + 1):
                 seconds: dict[Kind, float] = {"stock": 0.0, "eos": 0.0}
@@ -131,7 +134,7 @@ def measure(options: SweepOptions, floor: Floor, rounds: int) -> tuple[list[dict
                         model=served,
                         rows=str(rows),
                         concurrency=load.concurrency,
-                        requests=load.requests,
+                        requests=requests,
                         budgets=() if kind == "stock" else (floor.budget,),
                         label=f"{number}/{turn}",
                         output_tokens=options.output_tokens,
@@ -140,7 +143,7 @@ def measure(options: SweepOptions, floor: Floor, rounds: int) -> tuple[list[dict
                     )
                     figures = by_locust(workload, folder / f"{number}-{turn}")
                     seconds[kind] += 1 / figures.requests_per_second
-                    failed += load.requests - figures.answered
+                    failed += requests - figures.answered
                 if number:
                     found.append(seconds)
     return found, failed

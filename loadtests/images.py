@@ -1,9 +1,11 @@
 """Images as requests carry them, and copies that look the same but are equal to nothing a server has seen."""
 
+import base64
 import hashlib
 import io
+import mimetypes
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -20,19 +22,27 @@ class Picture:
     path: Path
     stamp: str = ""
 
-    def data_url(self) -> str:
-        """PNG ``data:`` URL."""
-        return _data_url(self.path, self.stamp)
+    @cached_property
+    def encoded(self) -> str:
+        """``data:`` URL: the file's own bytes, or a PNG of the stamped copy. Kept for as long as the picture is.
+
+        Raises:
+            OSError: the file cannot be read, or is no image.
+        """
+        if self.stamp:
+            return to_data_url(stamped(_file(self.path), self.stamp))
+        kind = mimetypes.guess_type(self.path.name)[0] or "image/png"
+        return f"data:{kind};base64,{base64.b64encode(self.path.read_bytes()).decode('ascii')}"
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the URL has been made."""
+        return "encoded" in self.__dict__
 
 
 @lru_cache(maxsize=256)
 def _file(path: Path) -> Image.Image:
     return Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-
-
-@lru_cache(maxsize=256)
-def _data_url(path: Path, stamp: str) -> str:
-    return to_data_url(stamped(_file(path), stamp) if stamp else _file(path))
 
 
 def stamped(image: Image.Image, stamp: str) -> Image.Image:

@@ -1,7 +1,5 @@
 """How late locust's own loop was: a busy client stamps tokens later than they came, and the report says by how much."""
 
-import json
-from pathlib import Path
 from time import perf_counter
 
 import gevent
@@ -31,7 +29,3 @@ class LagWatch:
             "p99": round(lags[min(len(lags) - 1, int(0.99 * len(lags)))], 5),
             "worst": round(lags[-1], 5),
         }
-
-    def write(self, path: Path) -> None:
-        """Puts the summary into a file."""
-        path.write_text(json.dumps({"lag_seconds": self.summary()}) + "\n")

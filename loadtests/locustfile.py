@@ -6,6 +6,7 @@ Without ``--headless`` locust's web page opens, and users go on asking until it 
 with ``--workload``, a JSON file of :class:`loadtests.settings.Workload`.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -78,6 +79,17 @@ def set_up(environment: Any, **_: Any) -> None:
         raise SystemExit(2) from None
     environment.lag = LagWatch()
     gevent.spawn(environment.lag.watch)
+    if workload.window is not None:
+        gevent.spawn(end_with_window, environment)
+
+
+def end_with_window(environment: Any) -> None:
+    """Stops a closed loop's users where they are when the window closes; an open loop's answers are waited for."""
+    feed: Feed = environment.feed
+    while feed.start is None or not feed.tick():
+        gevent.sleep(_LOOK)
+    if feed.workload.rate is None:
+        environment.runner.quit()
 
 
 @events.quitting.add_listener
@@ -89,9 +101,15 @@ def close(environment: Any, **_: Any) -> None:
         # locust writes its CSV once a second, and closes it without a last look: a short run would leave it empty.
         gevent.sleep(CSV_STATS_INTERVAL_SEC + 0.1)
     if environment.parsed_options.records:
-        environment.lag.write(Path(environment.parsed_options.records).with_suffix(".client.json"))
+        facts: dict[str, Any] = {"lag_seconds": environment.lag.summary(), "late_encodings": feed.late_encodings}
+        if feed.window is not None:
+            facts["window"] = feed.window.to_dict()
+        Path(environment.parsed_options.records).with_suffix(".client.json").write_text(json.dumps(facts) + "\n")
     # Failures are counted in the records; they are the sweep's to judge, not a reason to distrust the run.
     environment.process_exit_code = 0
+
+
+_LOOK = 0.1
 
 
 class Chat(User):
@@ -108,7 +126,8 @@ class Chat(User):
         elif (visit := feed.next()) is not None:
             feed.run(visit)
         if feed.exhausted:
-            if feed.over:
+            # A closed loop with a window is ended by that.
+            if feed.over and (feed.window is None or feed.workload.rate is not None):
                 gevent.spawn(self.environment.runner.quit)
             raise StopUser()
 
@@ -121,4 +140,6 @@ class Chat(User):
                 break
             running.append(gevent.spawn(feed.run, visit, due))
             due += draw.expovariate(rate)
-        gevent.joinall(running)
+        # Where a window has closed, answers that are long in coming are given up.
+        gevent.joinall(running, timeout=None if feed.window is None else feed.workload.ramp_most)
+        gevent.killall(running)

@@ -128,7 +128,7 @@ def guidellm(workload: Workload, folder: Path, command: str) -> PeerFigures:
         PeerError: it ended badly, or did not get every answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"prompt": a.prompt, "image": a.pictures[0].data_url()} for a in asks_of(workload)]
+    rows = [{"prompt": a.prompt, "image": a.pictures[0].encoded} for a in asks_of(workload)]
     (folder / "guidellm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "guidellm-run.json").write_text(json.dumps({"spec": guidellm_spec(workload, folder)}))
     _run([command, "run", "-c", str(folder / "guidellm-run.json"), "--disable-console"])

@@ -35,6 +35,9 @@ class Record:
         aborted: the client left on purpose.
         fault: what was wrong with it on purpose.
         right: whether the answer was right, None where nobody knows.
+        question: place in its visit, from 1.
+        starter: the shortened first request of a user, which no latency counts.
+        cut: still on its way when the run's window closed; that is no failure.
     """
 
     number: int
@@ -55,11 +58,14 @@ class Record:
     aborted: bool
     fault: str | None
     right: bool | None
+    question: int = 1
+    starter: bool = False
+    cut: bool = False
 
     @property
     def good(self) -> bool:
         """A request that was meant well, stayed to the end and was answered in full."""
-        return self.cause is None and not self.aborted and self.fault is None
+        return self.cause is None and not self.aborted and self.fault is None and not self.cut
 
     @property
     def ttft(self) -> float | None:
@@ -78,6 +84,23 @@ class Record:
         """When its last token came, on the run's clock."""
         return self.started + (self.times[-1] if self.times else self.end)
 
+    @property
+    def from_due(self) -> float | None:
+        """Time to first token from when the request was due, whatever kept the client from sending it then."""
+        return None if self.ttft is None else self.late + self.ttft
+
+    def compact(self) -> dict[str, Any]:
+        """For raw results in bulk: of the tokens' times the first and the last, and nothing that is as expected."""
+        kept: dict[str, Any] = {"number": self.number, "scenario": self.scenario, "question": self.question}
+        kept |= {"started": round(self.started, 3), "end": round(self.end, 3)}
+        if self.times:
+            kept["times"] = [round(self.times[0], 4), round(self.times[-1], 4)]
+        kept |= {"prompt_tokens": self.prompt_tokens, "tokens_out": self.tokens_out, "late": round(self.late, 4)}
+        if self.cause is not None:
+            kept |= {"cause": self.cause, "detail": self.detail, "status": self.status}
+        kept |= {"starter": self.starter, "cut": self.cut}
+        return {key: value for key, value in kept.items() if value not in (None, False, "")}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; what is empty is left out."""
         return {key: value for key, value in asdict(self).items() if value not in (None, "", ())}
@@ -85,17 +108,21 @@ class Record:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Record":
         """The other way."""
-        empty: dict[str, Any] = {f.name: None for f in fields(cls)} | {"times": (), "detail": ""}
+        zero = {"times": (), "detail": "", "late": 0.0, "images": 0, "repeats": 0, "starter": False, "cut": False}
+        empty: dict[str, Any] = {f.name: None for f in fields(cls)} | zero
         return cls(**(empty | values | {"times": tuple(values.get("times", ()))}))
 
 
-def record_of(ask: Ask, reply: Reply, started: float, late: float, images: int, repeats: int) -> Record:
+def record_of(
+    ask: Ask, reply: Reply, started: float, late: float, images: int, repeats: int, cut: bool = False
+) -> Record:
     """Joins what was asked and what came of it; a broken request has failed if it was not refused as the sender's."""
     cause = reply.cause
     if ask.fault is not None:
         refused = reply.status is not None and 400 <= reply.status < 500
         cause = None if refused else f"{ask.fault} not refused ({reply.cause or reply.status})"
-    good = cause is None and ask.fault is None and not reply.aborted
+    cause = None if cut else cause
+    good = cause is None and ask.fault is None and not reply.aborted and not cut
     return Record(
         number=ask.number,
         scenario=ask.scenario,
@@ -115,6 +142,9 @@ def record_of(ask: Ask, reply: Reply, started: float, late: float, images: int, 
         aborted=reply.aborted,
         fault=ask.fault,
         right=is_right(reply.text, ask.answer) if good else None,
+        question=ask.question,
+        starter=ask.starter,
+        cut=cut,
     )
 
 

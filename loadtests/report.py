@@ -1,25 +1,22 @@
-"""One HTML page and its pictures from a sweep's raw results, and from nothing else.
+"""Tables and one figure from a sweep's raw results, and from nothing else.
 
-python -m loadtests.report                          # runs/loadtest, what make loadtest measured
-python -m loadtests.report results/loadtest-cpu --slo ttft:2000,tpot:100 --markdown
+python -m loadtests.report results/loadtest-cpu                 # writes report/report.md and report/speed.png there
+python -m loadtests.report results/loadtest-cpu --markdown      # prints the README's tables as well
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import jinja2
+from typing import Any
 
 from eos_vllm.core.errors import EosError
-from loadtests.charts import draw_all
-from loadtests.facts import facts, profile_text
-from loadtests.measures import parse_slo
+from loadtests.chart import draw
+from loadtests.measures import SLO, parse_slo
 from loadtests.results import Results
-from loadtests.summary import summary
-from loadtests.tables import readme_table, tables
+from loadtests.tables import full_table, ratio_table, sentences, turns_table
 
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
+FIGURE, PAGE = "speed.png", "report.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,38 +25,66 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m loadtests.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, nargs="?", default=Path("runs/loadtest"))
-    parser.add_argument("--slo", default=None, help="limits of goodput in milliseconds, e.g. ttft:2000,tpot:100")
+    parser.add_argument("--slo", default=None, help=f"limits of goodput in milliseconds (default: {SLO})")
     parser.add_argument("--out", type=Path, default=None, help="folder of the report (default: report in the results)")
-    parser.add_argument("--markdown", action="store_true", help="print the table of the README, write nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the README's tables, too")
     args = parser.parse_args(argv)
     try:
-        results = Results(args.results, parse_slo(args.slo) if args.slo else None)
-        if args.markdown:
-            print(readme_table(results).markdown())
-        else:
-            print(write_report(results, args.out or args.results / "report"))
+        results = Results(args.results, parse_slo(args.slo) if args.slo else SLO)
+        page = write_report(results, args.out or args.results / "report")
     except EosError as e:
         print(f"loadtests.report: error: {e}", file=sys.stderr)
         return 2
+    print(readme(results) if args.markdown else page)
     return 0
 
 
+def readme(results: Results) -> str:
+    """Sentences and the two tables that matter most."""
+    tables = [ratio_table(results), turns_table(results)]
+    parts = ["\n".join(f"* {sentence}" for sentence in sentences(results))]
+    return "\n\n".join(parts + [table.markdown() for table in tables if table is not None])
+
+
 def write_report(results: Results, folder: Path) -> Path:
-    """Writes page and pictures into ``folder`` and returns the page."""
-    pictures = draw_all(results, folder)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    names = {subject["name"] for subject in results.settings["subjects"].values()}
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"Throughput against the retain budget: {', '.join(sorted(names))}",
-        summary=summary(results),
-        tables=tables(results),
-        pictures=pictures,
-        facts=facts(results),
-        profiles=profile_text(results),
-    )
-    file = folder / "index.html"
-    file.write_text(page + "\n", encoding="utf-8")
+    """Writes page and figure into ``folder`` and returns the page."""
+    draw(results, folder / FIGURE)
+    parts = [
+        f"# Stock vLLM against eos: {results.subject}",
+        f"![requests per second over stock's]({FIGURE})",
+        readme(results),
+        full_table(results).markdown(),
+        "## How it was measured",
+        "\n".join(f"* {name}: {value}" for name, value in facts(results)),
+    ]
+    file = folder / PAGE
+    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return file
+
+
+def facts(results: Results) -> list[tuple[str, str]]:
+    """What a reader needs to judge the figures, or to measure again, in reading order."""
+    found = []
+    for session in results.sessions:
+        origin = session["provenance"]
+        seconds = f"{session['seconds']} s" if "seconds" in session else "stopped before its end"
+        found += [
+            ("measured", f"{origin['created']}, {seconds}; git {origin['git']}"),
+            ("command", f"`{origin['command']}`"),
+            ("machine", _joined(origin["machine"])),
+            ("versions", _joined(origin["versions"])),
+        ]
+    found += [
+        (name.replace("_", " "), str(value))
+        for name, value in results.settings.items()
+        if name != "subject" and value is not None
+    ]
+    found.append(("seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in results.cells}))))
+    return found
+
+
+def _joined(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 if __name__ == "__main__":

@@ -1,60 +1,48 @@
-"""A sweep's raw results, read: groups of cells, what the plan promised them, and the verdicts that figures allow."""
+"""A sweep's raw results, read: groups of cells, and paired ratios of eos to stock with their verdicts."""
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eos_vllm.core.errors import EosError, SettingError
-from eos_vllm.core.profile import Profile, parse_profile
-from eos_vllm.models.geometry import ModelGeometry
+from eos_vllm.core.errors import SettingError
 from loadtests.figures import Cell, Group, groups_of
-from loadtests.grid import STOCK
-from loadtests.measures import Slo, relative_range
-from loadtests.promise import Promise, promise
+from loadtests.grid import RESTRICTED, SCENARIOS, STOCK, Load
+from loadtests.measures import CLOSE, SLO, Ratio, Slo
 from loadtests.store import Store
-from loadtests.sweep_options import ACCURACY
 
-# The default goodput limits: so many times what a lone request takes in stock vLLM.
-SLO_FACTOR = 5.0
-_PHASE_TITLES = {"large": "KV cache large", "bound": "KV cache bound", "given": "servers as given"}
+# Scenarios whose later questions are about an image that has been shown: (scenario, questions after the first).
+LATER = {"multi_turn": (2, 3)}
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """eos against stock in one setting under one load.
+class Comparison:
+    """eos against stock in one scenario under one load.
 
-    Attributes:
-        phase, setting, load: which.
-        figure: ``requests/s``, ``TTFT`` or ``TPOT``.
-        ratio: median over repeats, above 1 where eos is better.
-        low, high: range over repeats.
-        spread: range over median that repeats have by themselves, in this setting and in stock at any load of the
-            phase, whichever is most; None where there is one repeat only.
+    ``figure`` is ``requests/s``, or ``TTFT`` of the question that ``question`` counts from 1; ratios are above 1 where
+    eos is better, so that of TTFT is stock's median over eos's.
     """
 
-    phase: str
+    scenario: str
+    load: Load
     setting: str
-    load: float
     figure: str
-    ratio: float
-    low: float
-    high: float
-    spread: float | None
+    question: int | None
+    ratio: Ratio
 
     @property
-    def slower(self) -> bool:
-        """Whether eos is slower beyond the spread: in every repeat, and by more than repeats differ."""
-        return self.high < 1 and self.ratio < 1 - (self.spread or 0.0)
+    def name(self) -> str:
+        """For people."""
+        what = self.figure if self.question is None else f"{self.figure} of question {self.question}"
+        return f"{self.scenario}, {self.load.label}, budget {self.setting}: {what}"
 
 
 class Results:
     """What is in a results' folder."""
 
-    def __init__(self, folder: Path, slo: Slo | None = None) -> None:
-        """Reads all of it; ``slo`` None: limits from stock's own figures.
+    def __init__(self, folder: Path, slo: Slo = SLO) -> None:
+        """Reads all of it; ``slo`` are the limits of goodput.
 
         Raises:
             SettingError: the folder holds no sweep, or no cell.
@@ -63,135 +51,92 @@ class Results:
         raw = store.sweep()
         self.settings: dict[str, Any] = raw["settings"]
         self.sessions: list[dict[str, Any]] = raw["sessions"]
-        self.cells = [Cell.from_dict(cell) for cell in store.cells()]
+        try:
+            self.cells = [Cell.from_dict(cell) for cell in store.cells()]
+        except (KeyError, TypeError) as e:
+            problem = f"its cells have another form ({type(e).__name__}: {e})"
+            raise SettingError("results", folder.name, problem, "measure anew with this version") from None
         if not self.cells:
             raise SettingError("results", folder.name, "no cell is measured yet", "let loadtests.sweep run first")
         self.cells.sort(key=lambda cell: cell.started)
         self.groups = groups_of(self.cells)
-        self._slo = slo
+        self.slo = slo
 
     @cached_property
-    def phases(self) -> list[str]:
-        """Phases that measure speed, in the order of the sweep."""
-        names = [phase["name"] for phase in self.settings["phases"]]
-        return [name for name in names if name != ACCURACY and any(g.phase == name for g in self.groups)]
+    def subject(self) -> str:
+        """The one model and profile of all rows."""
+        subject = self.settings["subject"]
+        return f"{subject['name']}; profile {subject['profile_name']}"
 
     @cached_property
+    def scenarios(self) -> list[str]:
+        """Those that were measured, in the order of the sweep."""
+        found = {group.scenario for group in self.groups}
+        return [name for name in SCENARIOS if name in found]
+
+    @cached_property
+    def loads(self) -> list[Load]:
+        """Lightest first."""
+        return sorted({group.load for group in self.groups}, key=lambda load: (load.rate or 0, load.concurrency))
+
+    @cached_property
+    def order(self) -> list[str]:
+        """Stock, then budgets from the largest down."""
+        found = {group.setting for group in self.groups}
+        budgets = sorted((s for s in found if s.isdigit()), key=int, reverse=True)
+        return [name for name in (STOCK, RESTRICTED) if name in found] + budgets
+
+    @property
     def budgets(self) -> list[str]:
-        """The eos settings, largest budget first."""
-        return [str(budget) for budget in sorted(self.settings["budgets"], reverse=True)]
+        """The eos settings."""
+        return [name for name in self.order if name.isdigit()]
 
-    def loads(self, phase: str) -> list[float]:
-        """Loads of a phase, ascending."""
-        return sorted({group.load for group in self.groups if group.phase == phase})
+    def group(self, scenario: str, load: Load, setting: str) -> Group | None:
+        """The repeats of one setting, None if none is measured."""
+        wanted = (scenario, load, setting)
+        return next((g for g in self.groups if (g.scenario, g.load, g.setting) == wanted), None)
 
-    def load_label(self, load: float) -> str:
-        """For people."""
-        return f"{load:g} arrivals/s" if self.open_loop else f"{load:g} at once"
+    def ratio(self, scenario: str, load: Load, setting: str, question: int | None = None) -> Ratio | None:
+        """Requests per second against stock's, or with ``question`` stock's median TTFT of it against eos's.
 
-    @cached_property
-    def open_loop(self) -> bool:
-        """Whether requests arrived at a rate."""
-        return any(cell.rate is not None for cell in self.cells if cell.phase != ACCURACY)
-
-    def group(self, phase: str, setting: str, load: float) -> Group | None:
-        """The repeats of one setting under one load, None if none is measured."""
-        wanted = (phase, setting, load)
-        return next((g for g in self.groups if (g.phase, g.setting, g.load) == wanted), None)
-
-    @cached_property
-    def slo(self) -> Slo:
-        """The limits of goodput."""
-        if self._slo is not None:
-            return self._slo
-        for phase in self.phases:
-            lone = self.group(phase, STOCK, self.loads(phase)[0])
-            if lone is not None and lone.ttft(50) is not None:
-                ttft, tpot = lone.ttft(50), lone.tpot(50)
-                return Slo(SLO_FACTOR * (ttft or 0), SLO_FACTOR * tpot if tpot else None)
-        return Slo()
-
-    @cached_property
-    def slo_is_ours(self) -> bool:
-        """Whether nobody named limits."""
-        return self._slo is None
-
-    def promise(self, phase: str, setting: str) -> Promise | None:
-        """The plan's promise for the prompts that were measured; None where the model's sizes are unknown.
-
-        A promise is for requests of one image: None also where other scenarios were mixed in.
+        None where no repeat has both.
         """
-        subject = self.settings["subjects"].get(phase, {})
-        if subject.get("geometry") is None or (set(self.settings["scenarios"]) - {"single"} and phase != ACCURACY):
+        ours, stock = self.group(scenario, load, setting), self.group(scenario, load, STOCK)
+        if ours is None or stock is None:
             return None
-        tokens = [g.prompt_tokens for g in self.groups if g.phase == phase and g.prompt_tokens]
-        if not tokens:
-            return None
-        sizes, profile = ModelGeometry(**subject["geometry"]), self.profile(phase)
-        assert profile is not None
-        text = round(sum(tokens) / len(tokens)) - sizes.visual_tokens
-        outputs = 1 if phase == ACCURACY else self.settings["output_tokens"]
-        budget = None if setting == STOCK else int(setting)
-        try:
-            return promise(sizes, profile, budget, text, outputs, self.settings["dtype"], self.settings["block_size"])
-        except EosError:
-            return None
-
-    def profile(self, phase: str) -> Profile | None:
-        """The profile of a phase's eos server."""
-        document = self.settings["subjects"].get(phase, {}).get("profile")
-        return None if document is None else parse_profile(document)
-
-    def pool_bytes(self, phase: str) -> int | None:
-        """KV memory of each of a phase's servers."""
-        return self.settings["kv_cache_bytes"].get(phase)
+        if question is None:
+            top, bottom = ours.by_repeat(lambda g: g.rate), stock.by_repeat(lambda g: g.rate)
+        else:
+            top = stock.by_repeat(lambda g: g.ttft(50, question))
+            bottom = ours.by_repeat(lambda g: g.ttft(50, question))
+        pairs = [top[repeat] / bottom[repeat] for repeat in top if repeat in bottom]
+        return Ratio.of(pairs) if pairs else None
 
     @cached_property
-    def verdicts(self) -> list[Verdict]:
-        """eos against stock, for every phase, load, budget and figure that both have."""
+    def comparisons(self) -> list[Comparison]:
+        """All ratios of budgets to stock: requests per second, and TTFT of later turns."""
         found = []
-        for group in self.groups:
-            stock = self.group(group.phase, STOCK, group.load)
-            if group.setting == STOCK or group.phase == ACCURACY or stock is None:
-                continue
-            for figure, speeds in _SPEEDS.items():
-                ours, theirs = speeds(group), speeds(stock)
-                ratios = sorted(ours[repeat] / theirs[repeat] for repeat in ours if repeat in theirs)
-                if ratios:
-                    spread = max(self._spread(group.phase, figure), relative_range(list(ours.values())))
-                    known = spread if len(ratios) > 1 else None
-                    key = (group.phase, group.setting, group.load, figure)
-                    found.append(Verdict(*key, statistics.median(ratios), ratios[0], ratios[-1], known))
+        for scenario in self.scenarios:
+            for load in self.loads:
+                for setting in self.budgets:
+                    for question in (None, *LATER.get(scenario, ())):
+                        ratio = self.ratio(scenario, load, setting, question)
+                        figure = "requests/s" if question is None else "TTFT"
+                        if ratio is not None:
+                            found.append(Comparison(scenario, load, setting, figure, question, ratio))
         return found
 
-    def _spread(self, phase: str, figure: str) -> float:
-        """What repeats of stock differ by at any load of a phase: two or three repeats of one load say too little."""
-        stock = [group for group in self.groups if group.phase == phase and group.setting == STOCK]
-        return max((relative_range(list(_SPEEDS[figure](group).values())) for group in stock), default=0.0)
+    def close(self, settings: Collection[str], before: int) -> set[tuple[str, Load, str]]:
+        """Settings that need another repeat: by the repeats below ``before``, some ratio is not clearly above 1."""
+        earlier = self._only([cell for cell in self.cells if cell.repeat < before])
+        return {
+            (c.scenario, c.load, c.setting)
+            for c in earlier.comparisons
+            if c.setting in settings and c.ratio.mean <= CLOSE[1]
+        }
 
-
-def _rates(group: Group) -> dict[int, float]:
-    return {cell.repeat: rate for cell in group.cells if (rate := cell.requests_per_second)}
-
-
-def _medians(group: Group, latency: Callable[[Group], float | None]) -> dict[int, float]:
-    """One over the median of each repeat, so that more is better as it is with rates."""
-    ones = {cell.repeat: latency(Group(group.phase, group.setting, group.load, (cell,))) for cell in group.cells}
-    return {repeat: 1 / value for repeat, value in ones.items() if value}
-
-
-_SPEEDS: dict[str, Callable[[Group], dict[int, float]]] = {
-    "requests/s": _rates,
-    "TTFT": lambda group: _medians(group, lambda one: one.ttft(50)),
-    "TPOT": lambda group: _medians(group, lambda one: one.tpot(50)),
-}
-
-
-def phase_title(phase: str) -> str:
-    """A phase's name for people."""
-    return _PHASE_TITLES.get(phase, phase)
-
-
-def settings_of(results: Results) -> list[str]:
-    """Stock and all budgets, in the order in which tables and pictures show them."""
-    return [STOCK, *results.budgets]
+    def _only(self, cells: Sequence[Cell]) -> "Results":
+        other = object.__new__(Results)
+        other.settings, other.sessions, other.slo = self.settings, self.sessions, self.slo
+        other.cells, other.groups = list(cells), groups_of(cells)
+        return other

@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eos_vllm.core.errors import SettingError
 from loadtests.images import Picture
@@ -27,6 +27,10 @@ class Ask:
         budget: retain budget that it names.
         abort_after: pieces of the answer after which the client leaves, None to stay.
         fault: what is wrong with it on purpose.
+        question: place in its visit, from 1.
+        system: system prompt in front of it; empty for none.
+        starter: the first of a user of a steady closed loop; it is shorter than the others, and no figure's.
+        output_tokens: length of its answer where it is not the run's.
     """
 
     number: int
@@ -37,6 +41,10 @@ class Ask:
     budget: int | None = None
     abort_after: int | None = None
     fault: str | None = None
+    question: int = 1
+    system: str = ""
+    starter: bool = False
+    output_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,12 @@ class _Planner:
             raise SettingError("rows", workload.rows, "no row has an image", "or give scenarios text_only=1")
         self.groups = self._shuffled([group for _, group in sorted(groups.items())])
         self.texts = self._shuffled(text_only or [row for group in groups.values() for row in group])
+        self.long_texts = self._shuffled([row.prompt for row in rows])
+        self.system = _fitted(
+            "Answer as a careful observer would, " + next(self.long_texts), workload.system_characters
+        )
         self.shown: list[tuple[list[Row], tuple[Picture, ...]]] = []
-        self.copies = itertools.count()
+        self.copies, self.numbers = itertools.count(), itertools.count()
 
     def _shuffled(self, items: list) -> Iterator:
         items = list(items)
@@ -109,16 +121,27 @@ class _Planner:
                 Ask(
                     number=number + i,
                     scenario=scenario,
-                    prompt=_fitted(prompt, self.workload.prompt_characters),
+                    prompt=self._long_text(scenario) + _fitted(prompt, self.workload.prompt_characters),
                     pictures=pictures,
                     # A question that was padded, or asked within a conversation, is no longer the benchmark's.
                     answer=None if self.workload.prompt_characters else answer,
                     budget=budget,
                     abort_after=None if fault else self._abort(),
                     fault=fault,
+                    question=i + 1,
+                    system=self.system if scenario == "shared_system" else "",
                 )
             )
         return asks, scenario == "multi_turn"
+
+    def _long_text(self, scenario: str) -> str:
+        """Text of a ``long_text`` question: other questions in ever new order, so that no cache knows it."""
+        if scenario != "long_text":
+            return ""
+        text, wanted = f"Text {next(self.numbers)}.", self.workload.long_characters
+        while len(text) < wanted:
+            text += " " + next(self.long_texts)
+        return text[: wanted - 1] + " "
 
     def _with_images(self, scenario: str) -> list[tuple[str, tuple[Picture, ...], str | None]]:
         group, pictures = self._pictures()
@@ -154,6 +177,17 @@ class _Planner:
         draw = self.draws["fault"]
         broken, fault = draw.random() < self.workload.malformed_share, draw.choice(FAULTS)
         return fault if broken else None
+
+
+def starter(visit: Visit, user: int, users: int, output_tokens: int) -> Visit:
+    """The first visit of a closed loop's user: shorter, so that users are spread over the loop and not in step.
+
+    User 0 asks one question, user 1 two, and so on in turn; first answers have from 1 to all tokens.
+    """
+    asks = list(visit.asks[: 1 + user % len(visit.asks)])
+    length = max(1, round(output_tokens * (user + 1) / users))
+    asks[0] = replace(asks[0], starter=True, output_tokens=length)
+    return replace(visit, asks=tuple(asks))
 
 
 def _fitted(prompt: str, characters: int | None) -> str:

@@ -21,6 +21,8 @@ COUNTERS = {
     "vllm:num_preemptions_total": "preemptions",
     "vllm:prompt_tokens_total": "prompt_tokens",
     "vllm:generation_tokens_total": "generation_tokens",
+    "vllm:prefix_cache_queries_total": "prefix_cache_queries",
+    "vllm:prefix_cache_hits_total": "prefix_cache_hits",
     "vllm:mm_cache_queries_total": "mm_cache_queries",
     "vllm:mm_cache_hits_total": "mm_cache_hits",
     "eos_images_total": "eos_images",
@@ -143,3 +145,10 @@ class Watch:
             "rise": {name: after[name] - before.get(name, 0.0) for name in counters if name in after},
             "series": self.series,
         }
+
+
+def summed(metrics: dict[str, Any]) -> dict[str, Any]:
+    """A watch's plain data with mean and most of each gauge instead of its values over time."""
+    series = {name: values for name, values in metrics["series"].items() if name != "at" and values}
+    gauges = {name: [round(sum(values) / len(values), 4), max(values)] for name, values in series.items()}
+    return {key: value for key, value in metrics.items() if key != "series"} | {"gauges": gauges}

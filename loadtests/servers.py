@@ -1,60 +1,55 @@
-"""The servers of a sweep: a stock one and one with a profile, same flags, side by side or one at a time."""
+"""The servers of a sweep: stock vLLM with its own defaults and one with a profile, side by side or one at a time."""
 
 import json
 import tempfile
-from collections.abc import Iterator
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eos_vllm.cli.server_process import Server, serve
+from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import Profile
-from loadtests.grid import Kind
+from loadtests.grid import RESTRICTED, Kind
 
 MODEL_NAME = "loadtest"
-# What the plugin switches off while a profile is active, so that both servers do the same work.
-STOCK_FLAGS = ("--no-enable-prefix-caching", "--no-enable-chunked-prefill")
-# The runner on which the plugin is proven; both servers get the same.
-ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_LOGGING_LEVEL": "INFO"}
+# For who wants to know what of a difference is the reduction, and what comes from vLLM's own reuse and scheduling.
+RESTRICTED_FLAGS = ("--no-enable-prefix-caching", "--no-enable-chunked-prefill")
 
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """What both servers have in common, and the profile that only one has.
+    """What all servers have in common, and the profile that only one has; nothing else differs from vLLM's defaults.
 
     Attributes:
         model: model directory, or a name that vLLM knows.
         profile: of the eos server.
         kv_bytes: size of the KV cache of each; vLLM's own choice where None.
-        max_model_len: longest prompt and answer.
-        max_num_batched_tokens: most tokens of an engine step.
-        block_size: tokens per KV block.
-        images: most images of a request.
-        arguments: further flags of both.
-        environment: variables of both.
+        max_model_len: longest prompt and answer, in tokens.
+        dtype: of weights and KV cache.
+        arguments: further flags of all.
+        environment: variables of all.
     """
 
     model: str
     profile: Profile
     kv_bytes: int | None
     max_model_len: int
-    max_num_batched_tokens: int
-    block_size: int
-    images: int = 2
+    dtype: str = "float32"
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
     def flags(self, kind: Kind, profile_file: Path) -> list[str]:
         """Flags of ``vllm serve`` behind the model."""
+        own: dict[str, tuple[str, ...]] = {"eos": ("--eos-profile", str(profile_file)), RESTRICTED: RESTRICTED_FLAGS}
         kv = [] if self.kv_bytes is None else ["--kv-cache-memory-bytes", str(self.kv_bytes)]
         return [
-            *("--served-model-name", MODEL_NAME, "--block-size", str(self.block_size), *kv),
-            *("--max-model-len", str(self.max_model_len)),
-            *("--max-num-batched-tokens", str(self.max_num_batched_tokens)),
-            *("--limit-mm-per-prompt", json.dumps({"image": self.images})),
-            *self.arguments,
-            *(STOCK_FLAGS if kind == "stock" else ("--eos-profile", str(profile_file))),
+            *("--served-model-name", MODEL_NAME, "--dtype", self.dtype, *kv),
+            *("--max-model-len", str(self.max_model_len), *self.arguments, *own.get(kind, ())),
         ]
 
 
@@ -83,8 +78,7 @@ class Servers:
         flags = self.spec.flags(kind, self._profile_file)
         stack = self._stacks[kind] = ExitStack()
         log = self.folder / f"{kind}.log"
-        variables = ENVIRONMENT | self.spec.environment
-        self.running[kind] = stack.enter_context(serve(self.spec.model, flags, log, variables))
+        self.running[kind] = stack.enter_context(serve(self.spec.model, flags, log, self.spec.environment))
 
     def url(self, kind: Kind) -> str:
         """Address of a running server of this kind.
@@ -102,13 +96,13 @@ class Servers:
         """Ends all of them."""
         self.running.clear()
         stacks, self._stacks = self._stacks, {}
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(max(1, len(stacks))) as pool:
             list(pool.map(lambda stack: stack.close(), stacks.values()))
 
 
 @contextmanager
-def servers(spec: ServerSpec, serial: bool = False) -> Iterator[Servers]:
-    """Both servers for the length of a ``with`` block; with ``serial`` each starts when it is first asked for.
+def servers(spec: ServerSpec, kinds: Sequence[Kind], serial: bool = False) -> Iterator[Servers]:
+    """Servers of these kinds for the length of a ``with`` block; with ``serial`` each starts when first asked for.
 
     Raises:
         ServerError: one did not become healthy.
@@ -117,7 +111,7 @@ def servers(spec: ServerSpec, serial: bool = False) -> Iterator[Servers]:
         pair = Servers(spec, Path(folder), serial)
         try:
             if not serial:
-                pair.start("stock", "eos")
+                pair.start(*kinds)
             yield pair
         finally:
             pair.stop()
@@ -132,3 +126,27 @@ class GivenServers:
     def url(self, kind: Kind) -> str:
         """Address of the server of this kind."""
         return self.urls[kind]
+
+    def wait(self, seconds: float) -> None:
+        """Waits until both say that they are healthy.
+
+        Raises:
+            SettingError: one does not after so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        for kind, url in self.urls.items():
+            while (problem := _unhealthy(url)) is not None:
+                if time.monotonic() >= deadline:
+                    remedy = "start it, give its address, or wait longer with --wait"
+                    raise SettingError(f"{kind}-url", url, f"/health: {problem}, for {seconds:g} s", remedy)
+                time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+
+
+def _unhealthy(url: str) -> str | None:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
+            return None if response.status == 200 else f"status {response.status}"
+    except urllib.error.HTTPError as e:
+        return f"status {e.code}"
+    except (OSError, ValueError) as e:
+        return f"no answer ({getattr(e, 'reason', e)})"

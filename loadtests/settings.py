@@ -9,7 +9,7 @@ from eos_vllm.core.errors import SettingError
 
 # The field of `vllm_xargs`, as eos_vllm.core.budget has it: importing that would load torch into every locust process.
 BUDGET_FIELD = "eos_retain"
-SCENARIOS = ("single", "several", "multi_turn", "two_images", "text_only")
+SCENARIOS = ("single", "several", "multi_turn", "two_images", "text_only", "shared_system", "long_text")
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,19 @@ class Workload:
         rate: visits per second of the open loop (Poisson arrivals); closed loop where None.
         requests: end after so many requests; all of them are waited for.
         seconds: start nothing new after so many seconds.
+        window: measure a steady state for at least so many seconds (:mod:`loadtests.window`); what is still on its
+            way when the window closes is cut off.
+        window_requests: at least so many requests answered within the window of a closed loop.
+        window_most: seconds after which the window closes all the same.
+        ramp_most: seconds after which the window opens though not every user has had an answer; also how long an open
+            loop waits for answers when its window has closed.
+        prepare: visits whose images are encoded before the first request, where the run's length is not known.
         budgets: retain budgets; each visit draws one. Empty: requests name none.
         scenarios: weight of each kind of visit.
         questions_per_image: of a ``several`` visit.
         turns: of a ``multi_turn`` visit.
+        system_characters: length of the one system prompt that all ``shared_system`` requests begin with.
+        long_characters: length of the text in front of a ``long_text`` question, another one for each visit.
         repeat_share: share of visits that show an image sent before in this run.
         distinct: flip lowest bits of some pixels so that no image equals one of another run, or its own first showing.
         label: name of the run; images of different labels are never equal where ``distinct`` is set.
@@ -47,10 +56,17 @@ class Workload:
     rate: float | None = None
     requests: int | None = None
     seconds: float | None = None
+    window: float | None = None
+    window_requests: int = 1
+    window_most: float = 60.0
+    ramp_most: float = 180.0
+    prepare: int = 256
     budgets: tuple[int, ...] = ()
     scenarios: dict[str, float] = field(default_factory=lambda: {"single": 1.0})
     questions_per_image: int = 3
     turns: int = 3
+    system_characters: int = 300
+    long_characters: int = 600
     repeat_share: float = 0.0
     distinct: bool = True
     label: str = "run"
@@ -71,15 +87,24 @@ class Workload:
         if not self.base_url.startswith(("http://", "https://")):
             raise SettingError("base_url", self.base_url, "it is no web address", "give http://host:port")
         object.__setattr__(self, "budgets", tuple(self.budgets))
-        for name in ("concurrency", "output_tokens", "questions_per_image", "turns"):
+        for name in (
+            *("concurrency", "output_tokens", "questions_per_image", "turns", "window_requests", "prepare"),
+            *("system_characters", "long_characters"),
+        ):
             at_least_one(name, getattr(self, name))
         for name in ("requests", "prompt_characters"):
             if getattr(self, name) is not None:
                 at_least_one(name, getattr(self, name))
-        for name in ("rate", "seconds", "timeout"):
+        for name in ("rate", "seconds", "timeout", "window", "window_most", "ramp_most"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingError(name, value, "it must be above 0", "leave it out, or give a positive number")
+        if self.window is not None and (self.requests is not None or self.seconds is not None):
+            remedy = "give either a window, or requests or seconds"
+            raise SettingError("window", self.window, "a steady state ends with its window", remedy)
+        if self.window is not None and self.window_most < self.window:
+            problem = f"it is below the least, {self.window:g} s"
+            raise SettingError("window_most", self.window_most, problem, "give the window's length or more")
         for name in ("repeat_share", "abort_share", "malformed_share"):
             share(name, getattr(self, name))
         for budget in self.budgets:

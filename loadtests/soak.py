@@ -26,14 +26,14 @@ from loadtests.questions import export_benchmark
 from loadtests.records import Record
 from loadtests.server_metrics import fetch
 from loadtests.servers import MODEL_NAME, Servers
-from loadtests.settings import Workload
+from loadtests.settings import Workload, at_least_one
 from loadtests.soak_checks import checks
 from loadtests.subjects import serving, speed_subject
-from loadtests.sweep_options import CPU_ARGUMENTS, PROMPT_CHARACTERS, SweepOptions
+from loadtests.sweep_options import EAGER, PROMPT_CHARACTERS, SweepOptions
 
 SCENARIOS = {"single": 4.0, "several": 1.0, "multi_turn": 1.0, "two_images": 1.0, "text_only": 1.0}
 # A cache of images that is full after minutes: one that fills for hours would look like a leak.
-_ARGUMENTS = f"{CPU_ARGUMENTS} --mm-processor-cache-gb 0.05"
+_ARGUMENTS = f"{EAGER} --mm-processor-cache-gb 0.05"
 # glibc keeps freed tensors of varying sizes for itself (stock vLLM, too), and a leak would not show behind that. So
 # large ones go back to the system at once, and what is resident is what is held.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "4"}
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.minutes <= 0:
             raise SettingError("minutes", args.minutes, "it must be above 0", "give 30")
+        at_least_one("concurrency", args.concurrency)
         result = soak(args)
     except EosError as e:
         print(f"loadtests.soak: error: {e}", file=sys.stderr)
@@ -83,8 +84,9 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     options = SweepOptions(
         args.out,
         preset=args.preset,
-        loads=(Load(1, args.concurrency),),
-        scenarios=SCENARIOS,
+        budgets=(576, 192, 64, 16),
+        # A KV cache with room for one request of full length, which is three stock requests as they come here.
+        loads=(Load(1),),
         max_model_len=2048,
         server_arguments=_ARGUMENTS,
         # Only one of the two servers is wanted, and started when it is asked for.
@@ -94,7 +96,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         subject = speed_subject(options, folder)
         rows = export_benchmark(folder / "rows", _IMAGES)
-        with serving(options, "bound", subject, _ALLOCATOR) as (pair, _):
+        with serving(options, subject, _ALLOCATOR) as (pair, _):
             assert isinstance(pair, Servers)
             workload = Workload(
                 base_url=pair.url("eos"),

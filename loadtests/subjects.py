@@ -1,26 +1,23 @@
-"""What the servers of each phase serve: model, profile, sizes, and the pool of KV memory."""
+"""What the servers serve: model, profile, sizes, and the pool of KV memory."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from eos_vllm import profiles
+from eos_vllm.core.cost import DTYPE_BYTES
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.core.scaling import scale_to_model
 from eos_vllm.models.geometry import ModelGeometry, geometry
-from loadtests.promise import promise
+from loadtests.grid import Kind
 from loadtests.servers import MODEL_NAME, GivenServers, Servers, ServerSpec, servers
-from loadtests.sweep_options import ACCURACY, SweepOptions
+from loadtests.sweep_options import SweepOptions
 
-# What LLaVA's template adds to a question, for the size of the KV cache; the report counts what servers counted.
-_TEMPLATE_TOKENS = 19
-_TEXT_TOKENS = 88
-_ROOM = 1.25
-_ACCURACY_KV = 128 << 20
+# vLLM keeps a block for itself, and the last one of a request is seldom full.
+_SPARE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,9 @@ class Subject:
     Attributes:
         name: for people.
         model: directory; None where the servers are given.
-        sizes: the model's; None where nobody knows them, and then the plan cannot be held against figures.
+        sizes: the model's; None where nobody knows them.
         profile: of the eos server; None as above.
+        profile_name: what it was made from.
         parameters: of the model, where known.
     """
 
@@ -39,6 +37,7 @@ class Subject:
     model: Path | None
     sizes: ModelGeometry | None
     profile: Profile | None
+    profile_name: str = ""
     parameters: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,6 +45,7 @@ class Subject:
         return {
             "name": self.name,
             "parameters": self.parameters,
+            "profile_name": self.profile_name,
             "geometry": None if self.sizes is None else asdict(self.sizes),
             "profile": None if self.profile is None else self.profile.to_dict(),
         }
@@ -57,8 +57,8 @@ def speed_subject(options: SweepOptions, folder: Path) -> Subject:
     Raises:
         EosError: unknown preset or profile, or one that does not fit the model.
     """
-    if options.given and options.model is None:
-        return Subject(options.served_name or "", None, None, None)
+    if options.given:
+        return Subject(options.model or options.served_name or "", None, None, None, options.profile)
     parameters = None
     if options.model is None:
         from eos_vllm.models.tiny import PRESETS, parameter_count, write_tiny_model
@@ -72,20 +72,16 @@ def speed_subject(options: SweepOptions, folder: Path) -> Subject:
         model = Path(options.model)
         name = model.name
     sizes = geometry(model if model.exists() else options.model)
-    return Subject(name, model, sizes, fitted_profile(options.profile, sizes), parameters)
+    profile = fitted_profile(options.profile, sizes)
+    return Subject(name, model, sizes, profile, profile_title(options.profile, profile), parameters)
 
 
-def accuracy_subject(options: SweepOptions) -> Subject:
-    """The embedded model, whose answers are worth counting.
-
-    Raises:
-        EosError: it is not in this installation.
-    """
-    from eos_vllm.models import embedded
-
-    model = embedded.path()
-    sizes = geometry(model)
-    return Subject("embedded model", model, sizes, fitted_profile(options.accuracy_profile, sizes))
+def profile_title(source: str, fitted: Profile) -> str:
+    """The profile's name for people; says so where it had to be scaled."""
+    layers = profiles.resolve(source).model.num_decoder_layers
+    name = Path(source).stem if source.endswith(".json") else source
+    now = fitted.model.num_decoder_layers
+    return name if layers == now else f"{name}, scaled from {layers} to {now} layers"
 
 
 def fitted_profile(source: str, sizes: ModelGeometry) -> Profile:
@@ -106,49 +102,44 @@ def fitted_profile(source: str, sizes: ModelGeometry) -> Profile:
     return parse_profile(profile.to_dict() | {"budget": budget})
 
 
-def pool_bytes(options: SweepOptions, phase: str, subject: Subject) -> int:
-    """KV memory of each server: a few stock requests where it shall bind, room for all where it shall not."""
-    if phase in options.kv_bytes:
-        return options.kv_bytes[phase]
-    if phase == ACCURACY:
-        return _ACCURACY_KV
-    assert subject.sizes is not None
-    assert subject.profile is not None
-    text = _TEXT_TOKENS if options.prompt_characters is None else options.prompt_characters + _TEMPLATE_TOKENS
-    held = promise(subject.sizes, subject.profile, None, text, options.output_tokens, options.dtype, options.block_size)
-    most = max(load.requests if load.rate is not None else load.concurrency for load in options.loads)
-    wanted = options.bound_requests if phase == "bound" else _ROOM * most
-    # vLLM starts only where one request of full length fits, and keeps a block for itself.
-    longest = math.ceil(options.max_model_len / options.block_size)
-    blocks = max(math.ceil(wanted * held.blocks), longest) + 1
-    return blocks * held.block_bytes
+def pool_bytes(options: SweepOptions, sizes: ModelGeometry) -> int:
+    """KV memory of each server in bytes: what was asked for, or room for every user's longest request in stock."""
+    if options.kv_bytes is not None:
+        return options.kv_bytes
+    token = 2 * sizes.num_decoder_layers * sizes.num_kv_heads * sizes.head_dim * DTYPE_BYTES[options.dtype]
+    return token * (options.kv_requests * options.max_model_len + _SPARE_TOKENS)
 
 
 @contextmanager
 def serving(
-    options: SweepOptions, phase: str, subject: Subject, environment: dict[str, str] | None = None
+    options: SweepOptions,
+    subject: Subject,
+    environment: dict[str, str] | None = None,
+    kinds: Sequence[Kind] = ("stock", "eos"),
 ) -> Iterator[tuple[Servers | GivenServers, str]]:
-    """The servers of a phase, with further environment variables, and the name under which they serve.
+    """The servers, with further environment variables, and the name under which they serve.
 
     Raises:
         ServerError: one did not start.
+        SettingError: one that was given does not answer.
     """
     if options.given:
         assert options.stock_url is not None
         assert options.eos_url is not None
-        yield GivenServers(options.stock_url, options.eos_url), str(options.served_name)
+        given = GivenServers(options.stock_url, options.eos_url)
+        given.wait(options.wait)
+        yield given, str(options.served_name)
         return
     assert subject.profile is not None
+    assert subject.sizes is not None
     spec = ServerSpec(
         model=str(subject.model),
         profile=subject.profile,
-        kv_bytes=pool_bytes(options, phase, subject),
+        kv_bytes=pool_bytes(options, subject.sizes),
         max_model_len=options.max_model_len,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        block_size=options.block_size,
-        images=1 if set(options.scenarios) <= {"single", "several", "text_only"} else 2,
+        dtype=options.dtype,
         arguments=options.arguments(),
         environment=environment or {},
     )
-    with servers(spec, options.serial) as pair:
+    with servers(spec, kinds, options.serial) as pair:
         yield pair, MODEL_NAME

@@ -2,21 +2,25 @@
 
 import argparse
 import hashlib
+import math
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eos_vllm.core.cost import DTYPE_BYTES
 from eos_vllm.core.errors import SettingError
-from loadtests.grid import Load, Phase, parse_budgets, parse_loads
-from loadtests.settings import at_least_one, parse_weights, share
+from loadtests.grid import RESTRICTED, STOCK, Load, parse_loads, parse_numbers, parse_scenarios
+from loadtests.settings import at_least_one
 
-KV_PHASES = ("large", "bound")
-ACCURACY = "accuracy"
 # With the 19 tokens that LLaVA's template adds, 88 tokens of text: the prompt of the design's ceilings.
 PROMPT_CHARACTERS = 69
-CPU_ARGUMENTS = "--dtype float32 --enforce-eager"
+# 576 visual tokens, 600 of text, a question and an answer; conversations of three turns are shorter.
+_LONGEST = 1408
+# Saves a minute or two of compiling; for tests that have both servers alike and compare with themselves.
+EAGER = "--enforce-eager"
+_OPEN_LOOP_REQUESTS = 32
+_POSITIVE = ("minutes", "seconds", "per_user", "window_most", "ramp_most", "wait")
 
 
 @dataclass(frozen=True)
@@ -27,33 +31,33 @@ class SweepOptions:
     preset: str = "bench-88m"
     model: str | None = None
     profile: str = "sparsevlm-v2-llava-1.5-7b"
-    budgets: tuple[int, ...] = (576, 192, 64, 16)
-    loads: tuple[Load, ...] = (Load(3, 1), Load(12, 8), Load(24, 24))
-    kv: tuple[str, ...] = KV_PHASES
-    kv_bytes: dict[str, int] = field(default_factory=dict)
-    bound_requests: float = 2.5
-    repeats: int = 2
-    minutes: float = 29.0
+    budgets: tuple[int, ...] = (576, 192, 64)
+    scenarios: tuple[str, ...] = ("single", "several", "multi_turn", "mixed", "shared_system", "long_text")
+    loads: tuple[Load, ...] = (Load(1), Load(8), Load(24))
+    restricted: bool = False
+    repeats: int = 1
+    repeats_close: int = 5
+    minutes: float = 45.0
+    seconds: float = 8.0
+    per_user: float = 1.0
+    window_most: float = 60.0
+    ramp_most: float = 180.0
     output_tokens: int = 16
     natural: bool = False
     prompt_characters: int | None = PROMPT_CHARACTERS
-    scenarios: dict[str, float] = field(default_factory=lambda: {"single": 1.0})
-    repeat_share: float = 0.0
+    system_characters: int = 300
+    long_characters: int = 600
     rows: Path | None = None
     seed: int = 0
     dtype: str = "float32"
-    block_size: int = 32
-    max_model_len: int = 1024
-    max_num_batched_tokens: int = 2816
-    server_arguments: str = CPU_ARGUMENTS
+    max_model_len: int = 2048
+    kv_bytes: int | None = None
+    server_arguments: str = ""
     serial: bool = False
     stock_url: str | None = None
     eos_url: str | None = None
     served_name: str | None = None
-    accuracy: bool = True
-    accuracy_profile: str = "embedded-searched"
-    accuracy_requests: int = 200
-    accuracy_concurrency: int = 8
+    wait: float = 300.0
 
     def __post_init__(self) -> None:
         """Refuses what cannot be measured.
@@ -61,63 +65,73 @@ class SweepOptions:
         Raises:
             SettingError: the first setting that is wrong.
         """
-        for name in ("repeats", "output_tokens", "block_size", "accuracy_requests", "accuracy_concurrency"):
+        for name in ("repeats", "repeats_close", "output_tokens", "system_characters", "long_characters"):
             at_least_one(name, getattr(self, name))
-        share("repeat_share", self.repeat_share)
-        if self.minutes <= 0:
-            raise SettingError("minutes", self.minutes, "it must be above 0", "give 29, or more for more repeats")
-        if self.bound_requests < 1:
-            remedy = "give 1 or more stock requests that shall fit"
-            raise SettingError("bound_requests", self.bound_requests, "not one request would fit", remedy)
+        if self.kv_bytes is not None:
+            at_least_one("kv_bytes", self.kv_bytes)
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not value > 0:
+                raise SettingError(name, value, "it must be above 0", f"give {getattr(SweepOptions, name):g}")
+        if self.window_most < self.seconds:
+            remedy = "give as many seconds as the window has at least, or more"
+            raise SettingError("window_most", self.window_most, f"it is below seconds={self.seconds:g}", remedy)
         if self.dtype not in DTYPE_BYTES:
             remedy = f"give one of {', '.join(DTYPE_BYTES)}"
-            raise SettingError("dtype", self.dtype, "unknown type of the KV cache", remedy)
-        for phase in (*self.kv, *self.kv_bytes):
-            if phase not in KV_PHASES:
-                raise SettingError("kv", phase, "no such size", f"choose from {', '.join(KV_PHASES)}")
-        if not self.kv:
-            raise SettingError("kv", "", "nothing would be measured", f"choose from {', '.join(KV_PHASES)}")
+            raise SettingError("dtype", self.dtype, "unknown type of weights and KV cache", remedy)
         if (self.stock_url is None) != (self.eos_url is None):
-            raise SettingError("stock-url", self.stock_url, "one server alone compares nothing", "give --eos-url too")
+            name = "stock-url" if self.stock_url is None else "eos-url"
+            raise SettingError(name, None, "one server alone compares nothing", "give both addresses")
         if self.stock_url is not None and self.served_name is None:
             raise SettingError("served-name", None, "it is missing", "name the model as both servers do")
-        if not set(self.scenarios) <= {"single"} and self.max_model_len < 2 * 576:
-            problem = "two images or several turns do not fit"
-            raise SettingError("max-model-len", self.max_model_len, problem, "give 2048, or scenarios single=1")
+        if self.restricted and self.given:
+            raise SettingError("restricted", True, "there is no third address", "leave it out, or the addresses")
+        if "long_text" in self.scenarios and not self.given and self.max_model_len < _LONGEST:
+            remedy = f"give {_LONGEST} or more, or leave out long_text"
+            raise SettingError("max-model-len", self.max_model_len, "a long_text request does not fit", remedy)
 
     @property
     def given(self) -> bool:
         """Whether somebody else runs the servers."""
         return self.stock_url is not None
 
-    def phases(self) -> list[Phase]:
-        """What is measured, in order. Servers that are given have the one KV cache that they have."""
-        accuracy = Phase(ACCURACY, (Load(self.accuracy_requests, self.accuracy_concurrency),), 1)
-        if self.given:
-            return [Phase("given", self.loads, self.repeats)]
-        speed = [Phase(name, self.loads, self.repeats) for name in self.kv]
-        return [accuracy, *speed] if self.accuracy else speed
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Stock and all budgets, in the order in which they take turns and tables show them."""
+        return (STOCK, *((RESTRICTED,) if self.restricted else ()), *map(str, self.budgets))
+
+    @property
+    def kv_requests(self) -> int:
+        """Requests of full length for which the KV cache has room."""
+        return max(_OPEN_LOOP_REQUESTS if load.rate is not None else load.concurrency for load in self.loads)
+
+    def window_requests(self, load: Load) -> int:
+        """Answers that a closed loop's window holds at least; for one user a whole visit."""
+        return max(3, math.ceil(self.per_user * load.concurrency))
 
     def arguments(self) -> tuple[str, ...]:
         """Flags of both servers beyond the sweep's own."""
         return tuple(shlex.split(self.server_arguments))
 
     def to_dict(self) -> dict[str, Any]:
-        """What figures depend on, for the raw results; no path of the machine is in it, and no address."""
+        """What a cell's figures depend on, for the raw results; no path of the machine is in it, and no address.
+
+        Lists of cells (budgets, scenarios, loads, repeats) are not: a folder may take more of them later.
+        """
         return {
-            "budgets": list(self.budgets),
-            "phases": [phase.to_dict() for phase in self.phases()],
+            "seconds": self.seconds,
+            "per_user": self.per_user,
+            "window_most": self.window_most,
+            "ramp_most": self.ramp_most,
             "output_tokens": self.output_tokens,
             "output_length": "natural" if self.natural else "fixed",
             "prompt_characters": self.prompt_characters,
-            "scenarios": self.scenarios,
-            "repeat_share": self.repeat_share,
+            "system_characters": self.system_characters,
+            "long_characters": self.long_characters,
             "rows": "embedded benchmark, test split" if self.rows is None else _described(self.rows),
             "seed": self.seed,
             "dtype": self.dtype,
-            "block_size": self.block_size,
             "max_model_len": self.max_model_len,
-            "max_num_batched_tokens": self.max_num_batched_tokens,
             "server_arguments": self.server_arguments,
             "serial": self.serial,
             "servers": "given" if self.given else "started by the sweep",
@@ -135,45 +149,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sweep's command line."""
     default = SweepOptions(Path())
     what = parser.add_argument_group("what is measured")
+
+    def number(group: Any, flag: str, text: str) -> None:
+        value = getattr(default, flag.lstrip("-").replace("-", "_"))
+        group.add_argument(flag, type=type(value), default=value, help=f"{text} (default: %(default)s)")
+
     what.add_argument("--budgets", default=",".join(map(str, default.budgets)), help="default: %(default)s")
+    what.add_argument("--scenarios", default=",".join(default.scenarios), help="default: %(default)s")
     what.add_argument("--concurrency", default="1,8,24", help="users of the closed loop (default: %(default)s)")
     what.add_argument("--rates", default=None, help="visits/s of an open loop with Poisson arrivals, instead of users")
-    what.add_argument("--requests", default="3,12,24", help="per cell, one for each load (default: %(default)s)")
-    what.add_argument("--repeats", type=int, default=default.repeats, help="default: %(default)s")
-    what.add_argument(
-        "--minutes", type=float, default=default.minutes, help="skip repeats beyond (default: %(default)s)"
-    )
-    what.add_argument("--kv", default=",".join(KV_PHASES), help="KV cache sizes (default: %(default)s)")
-    what.add_argument(
-        "--bound-requests", type=float, default=default.bound_requests, help="stock requests that fit: %(default)s"
-    )
-    what.add_argument("--kv-bytes", default="", help="sizes instead of the computed ones, e.g. large=68719476736")
-    what.add_argument("--seed", type=int, default=default.seed)
-    what.add_argument("--no-accuracy", action="store_true", help="leave out the embedded model's answers")
-    what.add_argument("--accuracy-profile", default=default.accuracy_profile)
-    what.add_argument("--accuracy-requests", type=int, default=default.accuracy_requests, help="default: %(default)s")
+    what.add_argument("--restricted", action="store_true", help="stock without prefix caching and chunked prefill, too")
+    number(what, "--repeats", "of every cell")
+    number(what, "--repeats-close", "of settings whose figures are close to stock's")
+    number(what, "--minutes", "start no further repeat later; the first one is always measured")
+    number(what, "--seconds", "of a window at least")
+    number(what, "--per-user", "answers for each user that a window holds at least")
+    number(what, "--window-most", "seconds of a window at most")
+    number(what, "--ramp-most", "seconds in front of a window at most")
+    number(what, "--seed", "of all draws")
     ask = parser.add_argument_group("what is asked")
     ask.add_argument("--rows", type=Path, default=None, help="JSONL of questions; default: the embedded benchmark")
-    ask.add_argument("--scenarios", default="single=1", help="weights, e.g. single=3,several=1,text_only=1")
-    ask.add_argument("--repeat-share", type=float, default=0.0, help="share of visits that show a known image")
-    ask.add_argument("--output-tokens", type=int, default=default.output_tokens, help="default: %(default)s")
+    number(ask, "--output-tokens", "of each answer")
     ask.add_argument("--natural", action="store_true", help="let answers end where the model ends them")
     ask.add_argument(
         "--prompt-characters", type=int, default=PROMPT_CHARACTERS, help="0: as they are (default: %(default)s)"
     )
+    number(ask, "--system-characters", "of the shared system prompt")
+    number(ask, "--long-characters", "of the text in front of long_text questions")
     serve = parser.add_argument_group("who answers")
     serve.add_argument("--preset", default=default.preset, help="random weights of this shape (default: %(default)s)")
     serve.add_argument("--model", default=None, help="model directory instead")
     serve.add_argument("--profile", default=default.profile, help="scaled to the model's depth (default: %(default)s)")
-    serve.add_argument("--dtype", default=default.dtype, help="of the KV cache, for the plan (default: %(default)s)")
-    serve.add_argument("--block-size", type=int, default=default.block_size)
-    serve.add_argument("--max-model-len", type=int, default=default.max_model_len)
-    serve.add_argument("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens)
-    serve.add_argument("--server-arguments", default=CPU_ARGUMENTS, help="further flags of both (default: %(default)s)")
+    number(serve, "--dtype", "of weights and KV cache")
+    number(serve, "--max-model-len", "longest prompt and answer in tokens")
+    serve.add_argument("--kv-bytes", type=int, default=None, help="KV cache of each server (default: room for all)")
+    serve.add_argument("--server-arguments", default="", help="further flags of both, e.g. '--load-format dummy'")
     serve.add_argument("--serial", action="store_true", help="one server at a time, where two don't fit")
     serve.add_argument("--stock-url", default=None, help="a running stock server, with --eos-url and --served-name")
     serve.add_argument("--eos-url", default=None)
     serve.add_argument("--served-name", default=None)
+    number(serve, "--wait", "seconds for given servers to become healthy")
 
 
 def options_of(args: argparse.Namespace) -> SweepOptions:
@@ -182,35 +197,9 @@ def options_of(args: argparse.Namespace) -> SweepOptions:
     Raises:
         SettingError: as :class:`SweepOptions` and the parsers of lists.
     """
-    return SweepOptions(
-        out=args.out,
-        preset=args.preset,
-        model=args.model,
-        profile=args.profile,
-        budgets=parse_budgets(args.budgets),
-        loads=parse_loads(args.concurrency, args.requests, args.rates),
-        kv=tuple(part for part in args.kv.split(",") if part),
-        kv_bytes={name: int(value) for name, value in parse_weights(args.kv_bytes).items()} if args.kv_bytes else {},
-        bound_requests=args.bound_requests,
-        repeats=args.repeats,
-        minutes=args.minutes,
-        output_tokens=args.output_tokens,
-        natural=args.natural,
-        prompt_characters=args.prompt_characters or None,
-        scenarios=parse_weights(args.scenarios),
-        repeat_share=args.repeat_share,
-        rows=args.rows,
-        seed=args.seed,
-        dtype=args.dtype,
-        block_size=args.block_size,
-        max_model_len=args.max_model_len,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        server_arguments=args.server_arguments,
-        serial=args.serial,
-        stock_url=args.stock_url,
-        eos_url=args.eos_url,
-        served_name=args.served_name,
-        accuracy=not args.no_accuracy,
-        accuracy_profile=args.accuracy_profile,
-        accuracy_requests=args.accuracy_requests,
-    )
+    values = dict(vars(args))
+    loads = parse_loads(values.pop("concurrency"), values.pop("rates"))
+    values["budgets"] = parse_numbers("budgets", values["budgets"], "576,192,64")
+    values["scenarios"] = parse_scenarios(values["scenarios"])
+    values["prompt_characters"] = values["prompt_characters"] or None
+    return SweepOptions(loads=loads, **values)

@@ -24,21 +24,21 @@ def pixels_of(url: str) -> np.ndarray:
 
 
 def test_without_a_stamp_the_image_is_as_it_is(file: Path) -> None:
-    assert (pixels_of(Picture(file).data_url()) == np.asarray(Image.open(file))).all()
+    assert (pixels_of(Picture(file).encoded) == np.asarray(Image.open(file))).all()
 
 
 def test_a_stamp_changes_lowest_bits_of_16_pixels_at_most(file: Path) -> None:
-    change = pixels_of(Picture(file, "a/1").data_url()) - np.asarray(Image.open(file)).astype(int)
+    change = pixels_of(Picture(file, "a/1").encoded) - np.asarray(Image.open(file)).astype(int)
     assert 0 < np.abs(change).sum() <= 48
     assert np.abs(change).max() == 1
     assert not change[1:].any()
 
 
 def test_stamps_tell_images_apart_and_say_the_same_twice(file: Path) -> None:
-    urls = {Picture(file, f"run/{i}").data_url() for i in range(200)}
+    urls = {Picture(file, f"run/{i}").encoded for i in range(200)}
     assert len(urls) == 200
     assert len({pixels_of(url).tobytes() for url in urls}) == 200
-    assert Picture(file, "run/7").data_url() in urls
+    assert Picture(file, "run/7").encoded in urls
 
 
 def test_images_narrower_than_a_stamp() -> None:

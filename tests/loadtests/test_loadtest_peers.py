@@ -38,7 +38,7 @@ def test_vllm_bench_sends_our_requests(asked: Workload, tmp_path: Path, monkeypa
     lines = [json.loads(line) for line in (tmp_path / "run" / "custom_image.jsonl").read_text().splitlines()]
     for line, ask in zip(lines, asks_of(asked), strict=True):
         image, text = line["content"]
-        assert image["image_url"]["url"] == ask.pictures[0].data_url()
+        assert image["image_url"]["url"] == ask.pictures[0].encoded
         assert text == {"type": "text", "text": ask.prompt}
 
 
