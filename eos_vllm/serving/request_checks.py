@@ -1,5 +1,6 @@
 """The front end's check of requests: a mistake is a 400 to its sender, before it can touch anything else."""
 
+import asyncio
 import functools
 from typing import Any
 
@@ -35,7 +36,11 @@ def install_request_checks(planner: Planner) -> None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         check_params(planner, params)
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        check_request(planner, request, _longest_step(self.vllm_config))
+        try:
+            check_request(planner, request, _longest_step(self.vllm_config))
+        except VLLMValidationError:
+            forget_sent_images(self.renderer)
+            raise
         return request
 
     InputProcessor.process_inputs = checked  # type: ignore[method-assign]
@@ -47,6 +52,21 @@ def install_request_checks(planner: Planner) -> None:
         return await check_model(self, request)
 
     BaseServing._check_model = check_first  # type: ignore[method-assign]
+
+
+def forget_sent_images(renderer: Any) -> None:
+    """Lets the front end send images again, after a request with images was refused.
+
+    Symptom: the next request with the same image fails with "cache miss". Cause: vLLM's front end takes the images of a
+    rendered prompt for sent. Why safe: it is a cache, emptied where vLLM renders, in order. Can go with the refusals
+    behind rendering.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        renderer.clear_mm_cache()
+    else:
+        renderer._mm_executor.submit(renderer.clear_mm_cache)
 
 
 def _longest_step(vllm_config: Any) -> int:

@@ -32,14 +32,14 @@ def questions() -> list[tuple[Any, Any]]:
 
 @pytest.fixture(scope="module")
 def reference() -> ReferenceModel:
-    return ReferenceModel.from_pretrained(str(embedded.path()), profiles.load(PROFILE))
+    return ReferenceModel.from_pretrained(str(embedded.path()), profiles.load(PROFILE), block=32)
 
 
 @pytest.fixture(scope="module")
 def served(questions: Any, reference: ReferenceModel) -> dict[int, list[list[int]]]:
     """vLLM's greedy tokens at each budget."""
     prompts = [chat_prompt(reference.processor, question.text, 1) for _, question in questions]
-    with engine(embedded.path(), profiles.load(PROFILE)) as llm:
+    with engine(embedded.path(), profiles.load(PROFILE), block=32) as llm:
         return {
             budget: [
                 answer.token_ids

@@ -24,7 +24,7 @@ def test_shipped_profile(name: str, deep_model: Path, tiny_model: Path) -> None:
     asks = [
         Ask(f"USER: <image>\nWhich one, {i}? ASSISTANT:", [sample_image(70 + i)], b, 8) for i, b in enumerate(budgets)
     ]
-    reference = ReferenceModel.from_pretrained(str(model), profile)
+    reference = ReferenceModel.from_pretrained(str(model), profile, block=32)
     with engine(model, profile) as llm, BlockWatch(scheduler_of(llm)) as watch:
         answers = answer_all(llm, asks)
     assert watch.errors == []

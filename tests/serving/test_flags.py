@@ -230,9 +230,7 @@ def test_offline_settings_raise_the_same_line(tiny_model: Path) -> None:
 
 
 def test_the_command_says_one_line_and_no_traceback(tiny_model: Path, profile_file: Path) -> None:
-    command = vllm_command(
-        "serve", str(tiny_model), "--eos-profile", str(profile_file), "--enable-lora", *BASE
-    )
+    command = vllm_command("serve", str(tiny_model), "--eos-profile", str(profile_file), "--enable-lora", *BASE)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert "eos-vllm: error: enable-lora=True" in done.stderr

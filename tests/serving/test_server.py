@@ -41,7 +41,7 @@ def client(server: Server) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path) -> ReferenceModel:
-    return ReferenceModel.from_pretrained(str(tiny_model), PROFILE)
+    return ReferenceModel.from_pretrained(str(tiny_model), PROFILE, block=32)
 
 
 def messages(question: str, *seeds: int) -> list[Any]:
@@ -191,9 +191,9 @@ def test_counts_stand_in_metrics_and_log(client: openai.OpenAI, server: Server) 
 
     before = kept()
     chat(client, messages("Two images?", 41, 42), 16)
-    from eos_vllm.core.budget import kept_counts
+    from eos_vllm.core.plan import Planner
 
-    want = [(b or 0) + 2 * count for b, count in zip(before, kept_counts(PROFILE, 16), strict=True)]
+    want = [(b or 0) + 2 * count for b, count in zip(before, Planner(PROFILE, block=32).counts(16), strict=True)]
     deadline = time.monotonic() + 10
     while kept() != want and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,5 +1,7 @@
 """Windows, spans, rounding, and what decides a compact block: properties that caching and chunking rest on."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,14 +59,14 @@ def test_windows_depend_on_the_prompt_up_to_their_end_only(chat: tuple[list[int]
 def test_spans_hold_images_with_their_windows_and_do_not_overlap(chat: tuple[list[int], list[ImageSpan]]) -> None:
     plan = planned(*chat)
     atoms = plan.atomic_spans
-    assert all(a.end <= b.start for a, b in zip(atoms, atoms[1:], strict=False))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(atoms))
     for span, window in zip(plan.spans, plan.windows, strict=True):
         assert any(atom.start <= span.start and window <= atom.end for atom in atoms)
     assert planned([9] * 32, [ImageSpan(0, 32)]).atomic_spans == (AtomicSpan(0, 32),)
 
 
 @given(chats(), st.data())
-def test_clipped_steps_cut_no_image_from_its_window(chat: tuple[list[int], list[ImageSpan]], data: st.DataObject) -> None:
+def test_clipped_steps_cut_no_window(chat: tuple[list[int], list[ImageSpan]], data: st.DataObject) -> None:
     prompt, spans = chat
     plan, computed, reduced = planned(prompt, spans), 0, []
     longest = max(atom.end - atom.start for atom in plan.atomic_spans)
