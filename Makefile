@@ -97,11 +97,11 @@ ablations: setup
 bench: setup
 	$(BIN)/python benchmarks/throughput.py
 
-# Stock against eos over HTTP, half an hour on two cores; what was stopped goes on where it was.
+# Stock against eos over HTTP, scenario by scenario; goes on where it was stopped, or where its minutes were over.
 LOADTEST ?= runs/loadtest
 loadtest: setup
 	$(BIN)/python -m loadtests.sweep --out $(LOADTEST)
-	$(BIN)/python -m loadtests.report $(LOADTEST)
+	$(BIN)/python -m loadtests.report $(LOADTEST) --markdown
 
 # Minutes; fails when eos at budget 64 falls below the committed floor (loadtests/floor.json).
 bench-smoke: setup

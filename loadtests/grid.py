@@ -22,6 +22,8 @@ SCENARIOS: dict[str, dict[str, float]] = {
     "two_images": {"two_images": 1.0},
     "text_only": {"text_only": 1.0},
 }
+# Requests of a visit, where it is more than one.
+VISIT_LENGTHS = {"several": 3, "multi_turn": 3}
 
 
 @dataclass(frozen=True)

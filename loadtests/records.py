@@ -92,14 +92,14 @@ class Record:
     def compact(self) -> dict[str, Any]:
         """For raw results in bulk: of the tokens' times the first and the last, and nothing that is as expected."""
         kept: dict[str, Any] = {"number": self.number, "scenario": self.scenario, "question": self.question}
-        kept |= {"started": round(self.started, 3), "end": round(self.end, 3)}
+        kept |= {"started": round(self.started, 4), "end": round(self.end, 4)}
         if self.times:
             kept["times"] = [round(self.times[0], 4), round(self.times[-1], 4)]
         kept |= {"prompt_tokens": self.prompt_tokens, "tokens_out": self.tokens_out, "late": round(self.late, 4)}
         if self.cause is not None:
             kept |= {"cause": self.cause, "detail": self.detail, "status": self.status}
         kept |= {"starter": self.starter, "cut": self.cut}
-        return {key: value for key, value in kept.items() if value not in (None, False, "")}
+        return {key: value for key, value in kept.items() if value is not None and value is not False and value != ""}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; what is empty is left out."""

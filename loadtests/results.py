@@ -15,6 +15,8 @@ from loadtests.store import Store
 # Scenarios whose later questions are about an image that has been shown: (scenario, questions after the first).
 LATER = {"multi_turn": (2, 3)}
 
+_CLEAR = 3
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -127,12 +129,15 @@ class Results:
         return found
 
     def close(self, settings: Collection[str], before: int) -> set[tuple[str, Load, str]]:
-        """Settings that need another repeat: by the repeats below ``before``, some ratio is not clearly above 1."""
+        """Settings that need another repeat: some ratio of the repeats below ``before`` is near to 1, or below.
+
+        One that is clearly below by three repeats needs no more of them.
+        """
         earlier = self._only([cell for cell in self.cells if cell.repeat < before])
         return {
             (c.scenario, c.load, c.setting)
             for c in earlier.comparisons
-            if c.setting in settings and c.ratio.mean <= CLOSE[1]
+            if c.setting in settings and c.ratio.mean <= CLOSE[1] and not _clearly_slower(c.ratio)
         }
 
     def _only(self, cells: Sequence[Cell]) -> "Results":
@@ -140,3 +145,7 @@ class Results:
         other.settings, other.sessions, other.slo = self.settings, self.sessions, self.slo
         other.cells, other.groups = list(cells), groups_of(cells)
         return other
+
+
+def _clearly_slower(ratio: Ratio) -> bool:
+    return ratio.repeats >= _CLEAR and ratio.mean < CLOSE[0] and ratio.verdict == "slower"

@@ -154,7 +154,7 @@ class Sweep:
             concurrency=load.concurrency,
             rate=load.rate,
             window=o.seconds,
-            window_requests=o.window_requests(load),
+            window_requests=o.window_requests(scenario, load),
             window_most=o.window_most,
             ramp_most=o.ramp_most,
             prepare=max(_PREPARED_LEAST, _PREPARED * load.concurrency),

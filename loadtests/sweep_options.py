@@ -10,7 +10,16 @@ from typing import Any
 
 from eos_vllm.core.cost import DTYPE_BYTES
 from eos_vllm.core.errors import SettingError
-from loadtests.grid import RESTRICTED, STOCK, Load, parse_loads, parse_numbers, parse_scenarios
+from loadtests.grid import (
+    RESTRICTED,
+    SCENARIOS,
+    STOCK,
+    VISIT_LENGTHS,
+    Load,
+    parse_loads,
+    parse_numbers,
+    parse_scenarios,
+)
 from loadtests.settings import at_least_one
 
 # With the 19 tokens that LLaVA's template adds, 88 tokens of text: the prompt of the design's ceilings.
@@ -20,6 +29,7 @@ _LONGEST = 1408
 # Saves a minute or two of compiling; for tests that have both servers alike and compare with themselves.
 EAGER = "--enforce-eager"
 _OPEN_LOOP_REQUESTS = 32
+_LEAST_ANSWERS, _FEW = 3, 8
 _POSITIVE = ("minutes", "seconds", "per_user", "window_most", "ramp_most", "wait")
 
 
@@ -39,7 +49,7 @@ class SweepOptions:
     repeats_close: int = 5
     minutes: float = 45.0
     seconds: float = 8.0
-    per_user: float = 1.0
+    per_user: float = 0.5
     window_most: float = 60.0
     ramp_most: float = 180.0
     output_tokens: int = 16
@@ -105,9 +115,12 @@ class SweepOptions:
         """Requests of full length for which the KV cache has room."""
         return max(_OPEN_LOOP_REQUESTS if load.rate is not None else load.concurrency for load in self.loads)
 
-    def window_requests(self, load: Load) -> int:
-        """Answers that a closed loop's window holds at least; for one user a whole visit."""
-        return max(3, math.ceil(self.per_user * load.concurrency))
+    def window_requests(self, scenario: str, load: Load) -> int:
+        """Answers that a closed loop's window holds at least: a visit of each user of few, a share of them of many."""
+        weights = SCENARIOS[scenario]
+        length = sum(w * VISIT_LENGTHS.get(kind, 1) for kind, w in weights.items()) / sum(weights.values())
+        visits = max(min(load.concurrency, _FEW), self.per_user * load.concurrency)
+        return max(_LEAST_ANSWERS, math.ceil(visits * length))
 
     def arguments(self) -> tuple[str, ...]:
         """Flags of both servers beyond the sweep's own."""
@@ -163,7 +176,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number(what, "--repeats-close", "of settings whose figures are close to stock's")
     number(what, "--minutes", "start no further repeat later; the first one is always measured")
     number(what, "--seconds", "of a window at least")
-    number(what, "--per-user", "answers for each user that a window holds at least")
+    number(what, "--per-user", "visits for each user that a window holds at least; one for each of the first 8")
     number(what, "--window-most", "seconds of a window at most")
     number(what, "--ramp-most", "seconds in front of a window at most")
     number(what, "--seed", "of all draws")

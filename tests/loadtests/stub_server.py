@@ -16,7 +16,8 @@ class StubServer(ThreadingHTTPServer):
 
     What the question begins with decides what happens: ``reject`` 400, ``crash`` 500, ``short`` fewer tokens than asked
     for, ``cut`` a stream that ends early, ``late error`` an error within the stream, ``drop`` a connection that breaks;
-    anything else is answered with "yes" and blanks, as many tokens as asked for.
+    anything else is answered with "yes" and blanks, as many tokens as asked for. The next ``unhealthy`` looks at
+    ``/health`` are refused.
     """
 
     daemon_threads = True
@@ -25,6 +26,7 @@ class StubServer(ThreadingHTTPServer):
     def __init__(self, pause: float) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.pause = pause
+        self.unhealthy = 0
         self.bodies: list[dict[str, Any]] = []
         self.running = self.most_running = self.answered = self.tokens = self.disconnects = 0
         self.lock = threading.Lock()
@@ -71,6 +73,10 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self) -> None:
+        if self.path == "/health" and self.server.unhealthy:
+            self.server.unhealthy -= 1
+            self._whole(503, b"")
+            return
         self._whole(200, self.server.metrics().encode())
 
     def do_POST(self) -> None:

@@ -45,3 +45,19 @@ def test_images_narrower_than_a_stamp() -> None:
     image = Image.new("RGB", (5, 5))
     assert stamped(image, "x").tobytes() != stamped(image, "y").tobytes()
     assert image.tobytes() == bytes(75)
+
+
+def test_files_without_a_stamp_are_sent_byte_by_byte(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    sample_image(3, 48).save(path)
+    url = Picture(path).encoded
+    assert url.startswith("data:image/jpeg;base64,")
+    assert base64.b64decode(url.split(",", 1)[1]) == path.read_bytes()
+
+
+def test_encoded_bodies_are_kept_however_many_there_are(file: Path) -> None:
+    pictures = [Picture(file, f"run/{i}") for i in range(600)]
+    first = [picture.encoded for picture in pictures]
+    assert all(picture.is_encoded for picture in pictures)
+    assert all(picture.encoded is body for picture, body in zip(pictures, first, strict=True))
+    assert not Picture(file, "run/0").is_encoded

@@ -11,10 +11,14 @@ import pytest
 from load_builders import workload, write_rows
 from stub_server import PROMPT_TOKENS, StubServer, stub_server, text_of
 
+from eos_vllm.core.errors import EosError
 from loadtests import report, sweep
-from loadtests.cell import LocustError, run_cell
+from loadtests.cell import LocustError, run_cell, settle
+from loadtests.figures import Steady
 from loadtests.results import Results
-from loadtests.summary import summary
+from loadtests.servers import GivenServers
+from loadtests.tables import sentences
+from loadtests.warmup import warm_up
 
 KINDS = ["What?", "reject me", "crash", "short", "cut", "late error"]
 
@@ -144,18 +148,102 @@ def test_command_line_without_a_workload_file(server: StubServer, tmp_path: Path
     assert "TTFT" in done.stdout + done.stderr
 
 
+def test_steady_state_keeps_every_user_asking_and_cuts_off_what_is_left(tmp_path: Path) -> None:
+    with stub_server(pause=0.02) as slow:
+        rows = write_rows(tmp_path / "rows", [f"What {i}?" for i in range(12)], images=4)
+        asked = workload(
+            rows,
+            base_url=slow.url,
+            concurrency=4,
+            window=1.5,
+            window_requests=6,
+            window_most=20.0,
+            scenarios={"multi_turn": 1.0},
+            output_tokens=8,
+            prepare=4,
+        )
+        run = run_cell(asked, tmp_path / "run")
+        settle(slow.url)
+        window = run.client["window"]
+        assert window["full"]
+        assert window["closed"] - window["opened"] >= 1.5
+        starters = [record for record in run.records if record.starter]
+        assert [record.tokens_out for record in starters] == [2, 4, 6, 8]
+        # What was on its way when the window closed: every other user's request, and no failure.
+        assert {record.cause for record in run.records} == {None}
+        assert sum(record.cut for record in run.records) == 3
+        steady = Steady.of(run.records, run.client)
+        # Four users whose answers take 8 times 20 ms and some.
+        assert 10 < steady.requests_per_second < 25
+        assert {record.question for record in steady.full} == {1, 2, 3}
+        assert slow.most_running == 4
+        # More visits than were prepared: the client says so.
+        assert run.client["late_encodings"] > 0
+
+
+def test_open_loop_window_waits_for_answers_and_knows_how_late_it_was(tmp_path: Path) -> None:
+    with stub_server(pause=0.02) as slow:
+        rows = write_rows(tmp_path / "rows", ["What?"] * 8)
+        asked = workload(rows, base_url=slow.url, rate=20.0, window=1.0, output_tokens=10, seed=3)
+        run = run_cell(asked, tmp_path / "run")
+        assert all(record.good for record in run.records)
+        assert not any(record.starter for record in run.records)
+        assert max(record.started for record in run.records) <= 1.6
+        assert all(0 <= record.late < 0.5 for record in run.records)
+        assert any(record.late > 0 for record in run.records)
+        assert run.client["window"]["closed"] == pytest.approx(1.5, abs=0.2)
+
+
+def test_dead_servers_end_a_steady_run_all_the_same(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows", ["What?"] * 8)
+    run = run_cell(workload(rows, concurrency=2, window=0.5, window_most=1.0), tmp_path / "run")
+    assert {record.cause for record in run.records} == {"no connection"}
+    assert not run.client["window"]["full"]
+
+
 def test_whole_sweep_against_given_servers(server: StubServer, tmp_path: Path) -> None:
     with stub_server(pause=0.01) as slow:
         arguments = [
             *("--stock-url", slow.url, "--eos-url", server.url, "--served-name", "m", "--out", str(tmp_path / "out")),
-            *("--budgets", "64", "--concurrency", "2", "--requests", "4", "--repeats", "1", "--output-tokens", "5"),
+            *("--budgets", "64", "--concurrency", "2", "--scenarios", "single,several", "--seconds", "0.5"),
+            *("--repeats-close", "1", "--output-tokens", "5"),
         ]
         assert sweep.main(arguments) == 0
     assert {str(body.get("vllm_xargs")) for body in server.bodies} == {"{'eos_retain': 64}"}
     assert {str(body.get("vllm_xargs")) for body in slow.bodies} == {"None"}
     results = Results(tmp_path / "out")
-    text = summary(results)
-    assert any("agree on requests, output tokens and prompt tokens in all 2 runs" in sentence for sentence in text)
+    assert any("requests failed; " in sentence for sentence in sentences(results))
+    assert all(c.ratio.mean > 1.5 for c in results.comparisons)
     page = report.write_report(results, tmp_path / "page").read_text()
-    assert "servers as given" in page
+    assert "servers: given" in page
     assert "127.0.0.1" not in page
+
+
+def test_servers_that_do_not_answer_are_refused_in_one_line(
+    server: StubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--stock-url", "http://127.0.0.1:9", "--eos-url", server.url, "--served-name", "m", "--wait", "0.2"]
+    assert sweep.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "error: stock-url=" in line and "/health" in line]) == 1
+    assert not (tmp_path / "out" / "cells").exists()
+    assert server.bodies == []
+
+
+def test_servers_that_come_up_late_are_waited_for() -> None:
+    with stub_server() as late, stub_server() as other:
+        late.unhealthy = 2
+        GivenServers(late.url, other.url).wait(10)
+        assert late.unhealthy == 0
+
+
+def test_warm_up_sends_every_kind_of_visit_and_tells_of_failures(server: StubServer, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows", [f"What {i}?" for i in range(12)], images=4)
+    asked = workload(rows, base_url=server.url, budgets=(64,), output_tokens=4)
+    warm_up(asked, ("mixed", "shared_system", "long_text"))
+    # One of single, text only, shared system and long text; three of several and multi turn.
+    assert len(server.bodies) == 4 + 3 + 3
+    assert {str(body["vllm_xargs"]) for body in server.bodies} == {"{'eos_retain': 64}"}
+    bad = write_rows(tmp_path / "bad", ["crash"])
+    with pytest.raises(EosError, match="http 500"):
+        warm_up(workload(bad, base_url=server.url), ("single",))

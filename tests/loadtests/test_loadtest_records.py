@@ -1,13 +1,14 @@
 """What is kept of requests, and what locust is told of them."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from load_builders import record, workload
 
-from loadtests.bodies import body_of, user_message
+from loadtests.bodies import body_of, system_message, user_message
 from loadtests.client import Reply
 from loadtests.events import fire
 from loadtests.records import Record, record_of
@@ -91,3 +92,32 @@ def test_every_fault_breaks_the_request() -> None:
     whole = body_of(workload(), ask, [user_message(ask)])
     for fault in FAULTS:
         assert body_of(workload(), Ask(0, "single", "What?", fault=fault), [user_message(ask)]) != whole
+
+
+def test_compact_records_hold_every_figure_and_little_else() -> None:
+    whole = replace(record(0, ttft=0.5, tpot=0.1, tokens=16), question=2, late=0.25)
+    kept = Record.from_dict(json.loads(json.dumps(whole.compact())))
+    for name in ("number", "started", "ttft", "tpot", "finished", "good", "question", "from_due", "tokens_out"):
+        assert getattr(kept, name) == pytest.approx(getattr(whole, name)), name
+    assert len(json.dumps(whole.compact())) < 160
+    failed = record(3, cause="http 500", token_times=[])
+    assert Record.from_dict(failed.compact()).cause == "http 500"
+    for flag in ("starter", "cut"):
+        assert getattr(Record.from_dict(replace(whole, **{flag: True}).compact()), flag)
+
+
+def test_what_the_window_cut_off_is_neither_good_nor_failed() -> None:
+    reply = Reply(status=200, token_times=[0.5], cause="stream broken")
+    cut = record_of(Ask(0, "single", "?", answer="yes"), reply, 0.0, 0.0, 0, 0, cut=True)
+    assert (cut.good, cut.cause, cut.right, cut.ttft) == (False, None, None, 0.5)
+    (event,) = fired(cut)
+    assert (event["request_type"], event["exception"]) == ("CUT", None)
+
+
+def test_system_prompts_stand_in_front_and_starters_are_shorter() -> None:
+    ask = Ask(0, "shared_system", "What?", system="Be brief.", output_tokens=3, starter=True)
+    body = body_of(workload(), ask, [*system_message(ask), user_message(ask)])
+    assert isinstance(body, dict)
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    assert body["max_tokens"] == 3
+    assert system_message(Ask(0, "single", "What?")) == []

@@ -10,7 +10,7 @@ from load_builders import workload, write_rows
 
 from eos_vllm.core.errors import SettingError
 from loadtests.questions import Row, is_right, read_rows
-from loadtests.scenarios import FAULTS, Ask, Visit, visits
+from loadtests.scenarios import FAULTS, Ask, Visit, starter, visits
 
 IMAGES, QUESTIONS = 20, 3
 ROWS = [
@@ -186,3 +186,32 @@ def test_right_answers() -> None:
     assert is_right(" Yes. ", "yes") is True
     assert is_right("no", "yes") is False
     assert is_right("no", None) is None
+
+
+def test_one_system_prompt_for_all_and_an_image_for_each() -> None:
+    found = [visit.asks[0] for visit in of("shared_system", system_characters=300)]
+    assert len({ask.system for ask in found}) == 1
+    assert len(found[0].system) == 300
+    assert len({ask.pictures for ask in found}) == len(found)
+    assert {ask.system for ask in asks()} == {""}
+
+
+def test_long_texts_differ_from_the_first_character_on_that_a_cache_could_share() -> None:
+    found = [visit.asks[0].prompt for visit in of("long_text", long_characters=600, prompt_characters=69)]
+    assert {len(prompt) for prompt in found} == {669}
+    assert len({prompt[:16] for prompt in found}) == len(found)
+    assert all(any(row.prompt in prompt[600:] for row in ROWS) for prompt in found)
+
+
+def test_starters_are_spread_over_questions_and_lengths() -> None:
+    visit = of("multi_turn", turns=3)[0]
+    found = [starter(visit, user, 4, 16) for user in range(4)]
+    assert [len(made.asks) for made in found] == [1, 2, 3, 1]
+    assert [made.asks[0].output_tokens for made in found] == [4, 8, 12, 16]
+    assert [[ask.starter for ask in made.asks] for made in found] == [
+        [True],
+        [True, False],
+        [True, False, False],
+        [True],
+    ]
+    assert starter(visit, 0, 100, 16).asks[0].output_tokens == 1

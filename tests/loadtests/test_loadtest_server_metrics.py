@@ -2,7 +2,7 @@
 
 import pytest
 
-from loadtests.server_metrics import Snapshot, Watch, parse_metrics
+from loadtests.server_metrics import Snapshot, Watch, parse_metrics, summed
 
 PAGE = """\
 # HELP vllm:num_requests_running Number of requests.
@@ -92,3 +92,12 @@ def test_looks_come_by_themselves() -> None:
     with (watch := Watch("http://x", period=0.001, read=look)):
         watch._thread.join(10)
     assert watch.series["running"] == pytest.approx([1.0] * 3)
+
+
+def test_series_are_summed_up_for_results_in_bulk() -> None:
+    metrics = {
+        "missed": 0,
+        "series": {"at": [0.0, 1.0], "running": [1.0, 4.0], "waiting": []},
+        "rise": {"answered": 2.0},
+    }
+    assert summed(metrics) == {"missed": 0, "rise": {"answered": 2.0}, "gauges": {"running": [2.5, 4.0]}}
