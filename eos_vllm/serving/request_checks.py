@@ -61,12 +61,11 @@ def forget_sent_images(renderer: Any) -> None:
     rendered prompt for sent. Why safe: it is a cache, emptied where vLLM renders, in order. Can go with the refusals
     behind rendering.
     """
+    emptied = renderer._mm_executor.submit(renderer.clear_mm_cache)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        renderer.clear_mm_cache()
-    else:
-        renderer._mm_executor.submit(renderer.clear_mm_cache)
+        emptied.result()  # no event loop here that waiting would hold up
 
 
 def _longest_step(vllm_config: Any) -> int:
