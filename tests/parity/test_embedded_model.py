@@ -39,7 +39,7 @@ def reference() -> ReferenceModel:
 def served(questions: Any, reference: ReferenceModel) -> dict[int, list[list[int]]]:
     """vLLM's greedy tokens at each budget."""
     prompts = [chat_prompt(reference.processor, question.text, 1) for _, question in questions]
-    with engine(embedded.path(), profiles.load(PROFILE), block=32) as llm:
+    with engine(embedded.path(), profiles.load(PROFILE)) as llm:
         return {
             budget: [
                 answer.token_ids
