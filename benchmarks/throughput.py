@@ -108,7 +108,8 @@ def measure(args: argparse.Namespace, model: Any, profile: Profile, kv: str) -> 
     from vllm import LLM
 
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    stock = LLM(**settings, enable_prefix_caching=False, enable_chunked_prefill=False)
+    settings |= {"enable_prefix_caching": False, "enable_chunked_prefill": False}
+    stock = LLM(**settings)
     eos = LLM(**settings, additional_config={"eos": {"profile": profile.to_dict()}})
     turn = Turn(args)
     for engine in (stock, eos):
@@ -178,7 +179,7 @@ def question(number: int) -> str:
 
 def ceiling(model: Any, profile: Profile, prompt: int, outputs: int, budget: int) -> dict[str, float]:
     """What the plan promises if reducing were free: by tokens over layers (prompt and output), and by FLOPs."""
-    shape, planner = geometry(Path(model)), Planner(profile)
+    shape, planner = geometry(Path(model)), Planner(profile, block=BLOCK)
     plan = planner.plan(prompt, [ImageSpan(5, shape.visual_tokens)], budget)
     layers = profile.segment_layers()
     ours = sum(n * (plan.segment_length(s, prompt) + outputs) for s, n in enumerate(layers))
