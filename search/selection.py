@@ -1,4 +1,4 @@
-"""Selections that are no method but a yardstick: random patches, and those of the objects (issue 3, item 4).
+"""Selections that are no method but a yardstick: random patches, and those of the objects.
 
 They give the scores of an image's visual tokens in place of attention; everything else is the profile's.
 """

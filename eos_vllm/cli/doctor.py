@@ -1,4 +1,4 @@
-"""`eos-vllm doctor`: tell whether this environment can serve, and mend what the project can mend (issue 2)."""
+"""`eos-vllm doctor`: tell whether this environment can serve, and mend what the project can mend."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""From a retain budget to the number of tokens kept after each reducer (Eq. 11, paper 2.6, design section 3)."""
+"""From a retain budget to the number of tokens kept after each reducer (Eq. 11, paper 2.6)."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""What can be asked of a worker by ``collective_rpc``: its counts and its set-up (issue 2.4)."""
+"""What can be asked of a worker by ``collective_rpc``: its counts and its set-up."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What `eos-vllm doctor` checks, in this process or, where an import may crash it, in another one (issue 2)."""
+"""What `eos-vllm doctor` checks, in this process or, where an import may crash it, in another one."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""The doctor's checks that import heavy packages: run as `python -m eos_vllm.setup.probes NAME...` (issue 2).
+"""The doctor's checks that import heavy packages: run as `python -m eos_vllm.setup.probes NAME...`.
 
 Each prints one line as soon as it is done, so that the parent process knows which one crashed this process.
 """

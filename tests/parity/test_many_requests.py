@@ -1,4 +1,4 @@
-"""Nothing is lost under load: 500 requests, a third aborted mid-way; both scheduler classes (issue 2, "done when")."""
+"""Nothing is lost under load: 500 requests, a third aborted mid-way; both scheduler classes."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""vLLM against the Hugging Face reference, token by token in float32 (issue 2, "done when")."""
+"""vLLM against the Hugging Face reference, token by token in float32."""
 
 from typing import Any
 

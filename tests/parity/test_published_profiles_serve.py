@@ -1,4 +1,4 @@
-"""Every shipped profile loads, plans and serves: on a small model of LLaVA-1.5-7B's depth (issue 2, "done when")."""
+"""Every shipped profile loads, plans and serves: on a small model of LLaVA-1.5-7B's depth."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""``make demo`` works: a real server, real requests, and figures that hold (issue 2, item 7)."""
+"""``make demo`` works: a real server, real requests, and figures that hold."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Bad flags and profiles: one line that names field, value and remedy, exit code 2, no traceback (issue 2)."""
+"""Bad flags and profiles: one line that names field, value and remedy, exit code 2, no traceback."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A worker that cannot prove its reduction refuses to start (issue 2, item 4). Each test breaks one thing."""
+"""A worker that cannot prove its reduction refuses to start. Each test breaks one thing."""
 
 from pathlib import Path
 from typing import Any

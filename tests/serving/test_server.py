@@ -1,4 +1,4 @@
-"""A real ``vllm serve --eos-profile``: right answers, bad requests, aborts, metrics (issue 2). One start for all."""
+"""A real ``vllm serve --eos-profile``: right answers, bad requests, aborts, metrics. One start for all."""
 
 import concurrent.futures
 import json
