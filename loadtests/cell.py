@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import requests
+
+from loadtests.client import ask
 from loadtests.records import Record, read_records
 from loadtests.server_metrics import Watch, fetch
 from loadtests.settings import Workload
@@ -17,6 +20,7 @@ from loadtests.settings import Workload
 _ROOT = Path(__file__).resolve().parent.parent
 _LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 _TAIL = 2000
+PROBE = "."
 
 
 class LocustError(RuntimeError):
@@ -54,20 +58,28 @@ def locust_command(workload: Workload, folder: Path, extra: tuple[str, ...] = ()
     ]
 
 
-def settle(base_url: str, seconds: float = 120.0) -> None:
+def settle(base_url: str, model: str, seconds: float = 120.0) -> None:
     """Waits until the server has nothing more to do: what one run cut off shall not slow the next.
 
+    vLLM's gauges stay as they were when its last requests were aborted, for nothing happens any more that would set
+    them. So each look comes behind a request of one token, whose answer also shows that the step before it is over.
+
     Raises:
-        LocustError: it is still busy after so many seconds.
+        LocustError: it is still busy, or does not answer, after so many seconds.
     """
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with suppress(OSError, ValueError):
-            values = fetch(base_url).values
-            if not values.get("running") and not values.get("waiting"):
-                return
-        time.sleep(0.1)
-    raise LocustError(f"the server was still busy {seconds:g} s after its last request was sent")
+    body = {"model": model, "messages": [{"role": "user", "content": PROBE}], "max_tokens": 1}
+    body |= {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+    deadline, problem = time.monotonic() + seconds, ""
+    with requests.Session() as session:
+        while time.monotonic() < deadline:
+            reply = ask(session, base_url, body, timeout=seconds)
+            problem = reply.cause or "still busy"
+            with suppress(OSError, ValueError):
+                values = fetch(base_url).values
+                if reply.cause is None and not values.get("running") and not values.get("waiting"):
+                    return
+            time.sleep(0.2)
+    raise LocustError(f"{problem}, {seconds:g} s after the last request of a run was sent")
 
 
 def run_cell(workload: Workload, folder: Path, period: float = 1.0, extra: tuple[str, ...] = ()) -> CellRun:

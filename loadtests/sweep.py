@@ -190,11 +190,11 @@ class Sweep:
         workload = Workload.from_dict(workload.to_dict() | {"seed": seed})
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         run = run_cell(workload, self.folder / "cells" / cell.key.replace("/", "-"))
-        settle(url)
         if not any(record.good for record in run.records):
             causes = sorted({record.cause or "cut off" for record in run.records})
             raise LocustError(f"{cell.key}: no request was answered ({', '.join(causes) or 'none was sent'})")
         raw = run.to_dict()
+        settle(url, self.name)
         facts = {"scenario": cell.scenario, "load": asdict(cell.load), "setting": cell.setting, "repeat": cell.repeat}
         facts |= {"seed": seed, "started": started}
         self.store.save(cell.key, {"key": cell.key, **facts, **raw, "metrics": summed(raw["metrics"])})

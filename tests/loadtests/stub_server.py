@@ -17,7 +17,7 @@ class StubServer(ThreadingHTTPServer):
     What the question begins with decides what happens: ``reject`` 400, ``crash`` 500, ``short`` fewer tokens than asked
     for, ``cut`` a stream that ends early, ``late error`` an error within the stream, ``drop`` a connection that breaks;
     anything else is answered with "yes" and blanks, as many tokens as asked for. The next ``unhealthy`` looks at
-    ``/health`` are refused.
+    ``/health`` are refused. ``stale`` requests run by the gauge until the next answer, as after vLLM's last abort.
     """
 
     daemon_threads = True
@@ -26,7 +26,7 @@ class StubServer(ThreadingHTTPServer):
     def __init__(self, pause: float) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.pause = pause
-        self.unhealthy = 0
+        self.unhealthy = self.stale = 0
         self.bodies: list[dict[str, Any]] = []
         self.running = self.most_running = self.answered = self.tokens = self.disconnects = 0
         self.lock = threading.Lock()
@@ -39,7 +39,7 @@ class StubServer(ThreadingHTTPServer):
         """The page of Prometheus' text form, as far as load tests read it."""
         return (
             "# TYPE vllm:num_requests_running gauge\n"
-            f'vllm:num_requests_running{{engine="0"}} {self.running}\n'
+            f'vllm:num_requests_running{{engine="0"}} {self.running + self.stale}\n'
             "# TYPE vllm:num_requests_waiting gauge\n"
             'vllm:num_requests_waiting{engine="0"} 0\n'
             "# TYPE eos_kv_blocks_held gauge\n"
@@ -143,6 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         with self.server.lock:
             self.server.answered += 1
+            self.server.stale = 0
             self.server.tokens += tokens
         self._event(choices=[], usage={"prompt_tokens": PROMPT_TOKENS, "completion_tokens": tokens})
         self._piece(b"data: [DONE]\n\n")

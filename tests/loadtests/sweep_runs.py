@@ -73,7 +73,7 @@ def arrange(monkeypatch: pytest.MonkeyPatch, folder: Path, runs: Runs) -> Path:
 
     monkeypatch.setattr(sweep, "serving", serving)
     monkeypatch.setattr(sweep, "run_cell", runs)
-    monkeypatch.setattr(sweep, "settle", lambda _: None)
+    monkeypatch.setattr(sweep, "settle", lambda *_: None)
     monkeypatch.setattr(sweep, "warm_up", lambda w, s: runs.warmed.append((setting_of(w), tuple(s))))
     return model
 
