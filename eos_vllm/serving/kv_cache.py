@@ -45,11 +45,7 @@ class SegmentManager(FullAttentionManager):
         self.keys: dict[str, RequestKeys] = {}
         self._fresh_marks: dict[str, list[tuple[KVCacheBlock, Any]]] = {}
         self._marked: dict[str, set[int]] = {}
-
-    @property
-    def blocks_held(self) -> int:
-        """Blocks that requests hold; a shared one counts for each."""
-        return sum(map(len, self.req_to_blocks.values()))
+        self.blocks_held = 0  # by requests; a shared block counts for each
 
     def tokens_of(self, request_id: str, num_tokens: int) -> int:
         """Tokens that this segment caches of the first ``num_tokens`` tokens of a request."""
@@ -87,10 +83,20 @@ class SegmentManager(FullAttentionManager):
         """As vLLM's, of the segment's own token count."""
         tokens = self.tokens_of(request_id, num_local_computed_tokens)
         super().add_local_computed_blocks(request_id, new_computed_blocks, tokens, num_external_computed_tokens)
+        self.blocks_held += len(new_computed_blocks)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """As vLLM's, of the segment's own token count."""
-        return super().allocate_new_blocks(request_id, self.tokens_of(request_id, num_tokens), num_tokens_main_model)
+        before = len(self.req_to_blocks[request_id])
+        blocks = super().allocate_new_blocks(request_id, self.tokens_of(request_id, num_tokens), num_tokens_main_model)
+        self.blocks_held += len(self.req_to_blocks[request_id]) - before  # a block that is copied replaces another
+        return blocks
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """As vLLM's; keeps the count of blocks held."""
+        blocks = super().pop_blocks_for_free(request_id)
+        self.blocks_held -= len(blocks)
+        return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *_: Any, **__: Any) -> None:
         """Caches full blocks under the segment's keys, and the blocks of marks under a second one.
