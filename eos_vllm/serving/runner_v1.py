@@ -8,6 +8,7 @@ Can go when the V2 runner, which has ``ModelState.prepare_attn`` for this, is th
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.worker.block_table import SlotMappingMode
@@ -28,15 +29,12 @@ def hook_v1_runner() -> None:
     GPUModelRunner.eos_hooked = True  # type: ignore[attr-defined]
     build, initialize = GPUModelRunner._build_attention_metadata, GPUModelRunner.initialize_kv_cache
 
-    signature = inspect.signature(build)
-    if "num_scheduled_tokens" not in signature.parameters:
-        raise RuntimeError("vLLM's _build_attention_metadata takes no num_scheduled_tokens; this vLLM is not supported")
+    scheduled_of = argument_reader(build, "num_scheduled_tokens")
 
     @functools.wraps(build)
     def build_with_rows(self: Any, *args: Any, **kwargs: Any) -> Any:
         if reduction := reduction_of(self):
-            scheduled = signature.bind(self, *args, **kwargs).arguments.get("num_scheduled_tokens")
-            reduction.batch.begin(_rows(self, reduction.planner, scheduled))
+            reduction.batch.begin(_rows(self, reduction.planner, scheduled_of((self, *args), kwargs)))
         return build(self, *args, **kwargs)
 
     @functools.wraps(initialize)
@@ -51,6 +49,23 @@ def hook_v1_runner() -> None:
 
     GPUModelRunner._build_attention_metadata = build_with_rows  # type: ignore[method-assign]
     GPUModelRunner.initialize_kv_cache = initialize_with_proof  # type: ignore[method-assign]
+
+
+def argument_reader(function: Callable[..., Any], name: str) -> Callable[[tuple, dict[str, Any]], Any]:
+    """How to find an argument in a call of ``function``, by keyword or by position; None where it is left out.
+
+    Raises:
+        RuntimeError: the function has no such parameter. Every real step would be taken for one of vLLM's dummy runs.
+    """
+    names = list(inspect.signature(function).parameters)
+    if name not in names:
+        raise RuntimeError(f"vLLM's {function.__name__} takes no {name}: this version of vLLM is not supported")
+    place = names.index(name)
+
+    def read(args: tuple, kwargs: dict[str, Any]) -> Any:
+        return args[place] if len(args) > place else kwargs.get(name)
+
+    return read
 
 
 def reduction_of(runner: Any) -> Any:

@@ -63,6 +63,18 @@ def test_no_one_writes_by_vllms_own_slots(tiny_model: Path) -> None:
         assert all((table.slot_mapping.gpu == -1).all() for table in tables)
 
 
+def test_an_argument_is_found_by_keyword_and_by_position() -> None:
+    from eos_vllm.serving.runner_v1 import argument_reader
+
+    def build(self: Any, tokens: int, scheduled: dict[str, int] | None = None) -> None: ...
+
+    read = argument_reader(build, "scheduled")
+    assert read((None, 3, {"a": 1}), {}) == read((None, 3), {"scheduled": {"a": 1}}) == {"a": 1}
+    assert read((None, 3), {}) is None
+    with pytest.raises(RuntimeError, match="build takes no computed"):
+        argument_reader(build, "computed")
+
+
 def test_a_prompt_in_parts_is_never_run(tiny_model: Path) -> None:
     import torch
 
