@@ -22,6 +22,7 @@ _SCHEDULERS = {
     True: "eos_vllm.serving.scheduler.EosAsyncScheduler",
 }
 _PROVEN_LANGUAGE_MODELS = ("llama",)
+_READ_CACHED_KEYS = ("enable_prefix_caching", "enable_chunked_prefill")
 # Where the number of tokens per step is left to us, it grows to the model's context, up to here.
 _LONGEST_STEP = 8192
 
@@ -127,11 +128,19 @@ def _with_profile(create_engine_config: Callable) -> Callable:
 
 
 def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwargs: dict) -> Any:
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+
     options = resolve_options(engine_args.additional_config[KEY])
     engine_args.additional_config = {**engine_args.additional_config, KEY: options}
     batched = engine_args.max_num_batched_tokens
     prepare(engine_args)
+    # vLLM puts its defaults in the place of what was left out.
+    asked = [name for name in _READ_CACHED_KEYS if getattr(engine_args, name) is True]
     config = create_engine_config(engine_args, *args, **kwargs)
+    if is_quantized_kv_cache(config.cache_config.cache_dtype):
+        _turn_off(engine_args, asked, f"keys of a {config.cache_config.cache_dtype} KV cache are not those that score")
+        engine_args.max_num_batched_tokens = batched
+        config = create_engine_config(engine_args, *args, **kwargs)
     longest = min(config.model_config.max_model_len, _LONGEST_STEP)
     if batched is None and config.scheduler_config.max_num_batched_tokens < longest:
         # So that no image and window of a prompt that fits the model are too long for a step.
@@ -179,8 +188,6 @@ def prepare(engine_args: Any) -> None:
         if value is not None and asked(value):
             flag = name.replace("_", "-")
             raise SettingError(flag, value, f"not supported with --eos-profile: {why}", f"leave out --{flag}")
-    if str(engine_args.kv_cache_dtype).startswith("fp8"):
-        _turn_off(engine_args, "keys of a KV cache of type fp8 are not those that scored an image")
     if engine_args.block_size is None:
         # Removed tokens are rounded to blocks, and these are the smallest that vLLM's kernels take.
         engine_args.block_size = _smallest_block()
@@ -192,18 +199,18 @@ def prepare(engine_args: Any) -> None:
         logger.info("eos: using the V1 model runner; VLLM_USE_V2_MODEL_RUNNER=1 tries V2, which is not proven yet")
 
 
-def _turn_off(engine_args: Any, why: str) -> None:
+def _turn_off(engine_args: Any, asked: list[str], why: str) -> None:
     """Prefix caching and chunked prefill off, with a log line.
 
     Raises:
-        SettingError: one of them was asked for.
+        SettingError: one of them is among those ``asked`` for.
     """
     from vllm.logger import init_logger
 
-    for name in ("enable_prefix_caching", "enable_chunked_prefill"):
-        if getattr(engine_args, name) is True:
-            flag = name.replace("_", "-")
-            raise SettingError(flag, True, f"not supported with --eos-profile here: {why}", f"leave out --{flag}")
+    for name in asked:
+        flag = name.replace("_", "-")
+        raise SettingError(flag, True, f"not supported with --eos-profile here: {why}", f"leave out --{flag}")
+    for name in _READ_CACHED_KEYS:
         setattr(engine_args, name, False)
     init_logger("vllm.eos").info("eos: prefix caching and chunked prefill are off: %s", why)
 
