@@ -171,10 +171,11 @@ def test_steady_state_keeps_every_user_asking_and_cuts_off_what_is_left(tmp_path
         assert [record.tokens_out for record in starters] == [2, 4, 6, 8]
         # What was on its way when the window closed is no failure; a user may have been between two requests.
         assert {record.cause for record in run.records} == {None}
-        assert 1 <= sum(record.cut for record in run.records) <= 3
+        assert 2 <= sum(record.cut for record in run.records) <= 3
         steady = Steady.of(run.records, run.client)
-        # Four users whose answers take 8 times 20 ms or longer, as the machine has it.
-        assert 0 < steady.requests_per_second < 25
+        # The window is held open for its six answers; four users whose answers take 8 times 20 ms give 25/s at most.
+        assert len(steady.answered) >= 6
+        assert steady.requests_per_second < 25
         assert {record.question for record in steady.full} == {1, 2, 3}
         assert slow.most_running == 4
         # More visits than were prepared: the client says so.
@@ -191,7 +192,8 @@ def test_open_loop_window_waits_for_answers_and_knows_how_late_it_was(tmp_path: 
         assert max(record.started for record in run.records) <= 1.6
         assert all(record.late >= 0 for record in run.records)
         assert any(record.late > 0 for record in run.records)
-        assert run.client["window"]["closed"] >= 1.4
+        # Ramp and window, as long as asked for, and every answer that was due in it.
+        assert run.client["window"]["closed"] >= max(1.4, *(record.started for record in run.records))
 
 
 def test_dead_servers_end_a_steady_run_all_the_same(tmp_path: Path) -> None:

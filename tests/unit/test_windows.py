@@ -100,6 +100,22 @@ def test_whole_blocks_are_removed_and_something_is_left(total: int, block: int, 
         assert 2 * abs(rounded - keep) <= block
 
 
+def content(plan: RequestPlan, segment: int, length: int) -> list[object]:
+    """What stands in the first ``length`` places of a segment: text by its position, visual tokens by all that picks
+    them (the image's place, each count that it went through, and who asks)."""
+    places: list[object] = []
+    for position in range(plan.prompt_length):
+        image = next((i for i, span in enumerate(plan.spans) if span.start <= position < span.end), None)
+        if image is None:
+            places.append(position)
+        elif position - plan.spans[image].start < plan.kept[image][segment]:
+            rank = position - plan.spans[image].start
+            asked = plan.query_positions(image)
+            places.append((plan.spans[image].start, rank, plan.kept[image][: segment + 1], asked))
+    assert len(places) == plan.segment_length(segment, plan.prompt_length)
+    return places[:length]
+
+
 @given(chats(), st.integers(1, 31), st.integers(1, 31), st.data())
 def test_equal_names_mean_equal_content(
     chat: tuple[list[int], list[ImageSpan]], one: int, other: int, data: st.DataObject
@@ -116,6 +132,12 @@ def test_equal_names_mean_equal_content(
             if ends[0] != ends[1] or ends[0] > cut:
                 continue
             if a.reductions(segment, ends[0]) == b.reductions(segment, ends[1]):
-                reach = [i for i, span in enumerate(inside) if span.start < ends[0]]
-                assert [a.kept[i][: segment + 1] for i in reach] == [b.kept[i][: segment + 1] for i in reach]
-                assert [a.query_positions(i) for i in reach] == [b.query_positions(i) for i in reach]
+                assert content(a, segment, length) == content(b, segment, length)
+
+
+def test_a_prompt_that_goes_on_is_another_than_one_whose_answer_does() -> None:
+    """Without a marker a window ends with the prompt: the same tokens, once as an answer, are other queries."""
+    short, longer = (planned([9] * 32 + text, [ImageSpan(0, 32)]) for text in ([1, 2], [1, 2, 3, 4, 5, 6]))
+    length = 40 - short.removed[1]
+    assert short.settled_by(1, length) == longer.settled_by(1, length) == 40
+    assert short.reductions(1, 40) != longer.reductions(1, 40)
