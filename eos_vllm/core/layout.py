@@ -172,6 +172,9 @@ def build_layout(rows: Sequence[Row], num_segments: int, rule: QueryRule, device
     for r, row in enumerate(rows):
         if (plan := row.plan) is None:
             continue
+        if row.computed >= plan.images_end:  # a decode step, or text behind the images: nothing of it goes
+            cached[:, r] -= plan.removed
+            continue
         for s in range(1, num_segments):
             cached[s, r] = plan.segment_length(s, row.computed)
             lengths[s, r] = plan.segment_length(s, row.computed + row.num_tokens) - cached[s, r]
