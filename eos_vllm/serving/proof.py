@@ -31,13 +31,13 @@ def prove_worker(reduction: Any, kv_cache_config: KVCacheConfig, max_model_len: 
         RuntimeError: it is not so; vLLM then ends the worker, and the server with it.
     """
     profile = reduction.profile
-    names = {layer.layer_name: i for i, layer in enumerate(reduction.attention)}
-    if len(names) != profile.model.num_decoder_layers:
+    names = {layer.layer_name: i for i, layer in reduction.attention.items()}
+    if reduction.stages == 1 and len(names) != profile.model.num_decoder_layers:
         raise RuntimeError(f"eos: {len(names)} attention layers, the profile is for {profile.model.num_decoder_layers}")
     for segment, group in zip(segments_of_groups(kv_cache_config), kv_cache_config.kv_cache_groups, strict=True):
         for name in group.layer_names:
-            layer = reduction.attention[names.pop(name)]
-            want = profile.segment_of_layer(reduction.attention.index(layer))
+            index = names.pop(name)
+            layer, want = reduction.attention[index], profile.segment_of_layer(index)
             if not isinstance(layer, SegmentAttention) or layer.eos_segment != want or segment != want:
                 raise RuntimeError(f"eos: layer {name} caches for segment {segment}, its place is segment {want}")
             if not builds_for_segments(layer):

@@ -13,6 +13,6 @@ class EosWorkerExtension:
         reduction = reduction_of(self.model_runner)  # type: ignore[attr-defined]
         return {
             **reduction.counters.to_dict(),
-            "segments": [layer.eos_segment for layer in reduction.attention],
-            "backends": [layer.attn_backend.__name__ for layer in reduction.attention],
+            "segments": [layer.eos_segment for layer in reduction.attention.values()],
+            "backends": [layer.attn_backend.__name__ for layer in reduction.attention.values()],
         }

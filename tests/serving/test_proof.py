@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from eos_vllm.core.plan import RequestPlan
 from support.engines import answer_all, engine, mixed_asks
 from support.profiles import make_profile
 
@@ -73,19 +72,3 @@ def test_an_argument_is_found_by_keyword_and_by_position() -> None:
     assert read((None, 3), {}) is None
     with pytest.raises(RuntimeError, match="build takes no computed"):
         argument_reader(build, "computed")
-
-
-def test_a_prompt_in_parts_is_never_run(tiny_model: Path) -> None:
-    import torch
-
-    from eos_vllm.core.plan import ImageSpan, Planner
-    from eos_vllm.serving.batch import BatchRow, BatchState
-
-    plan: RequestPlan = Planner(make_profile()).plan(600, [ImageSpan(5, 576)])
-    state: Any = BatchState(4, 8, torch.device("cpu"))
-    with pytest.raises(ValueError, match="cut an image"):
-        state.begin([BatchRow("r", plan, 0, 300)])
-    with pytest.raises(ValueError, match="cut an image"):
-        state.begin([BatchRow("r", plan, 10, 590)])
-    state.begin([BatchRow("r", plan, 0, 600)])
-    assert state.prefills_images
