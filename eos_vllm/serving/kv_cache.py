@@ -22,6 +22,11 @@ class SegmentSpec(FullAttentionSpec):
 
     segment: int
 
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """No: segments compute their own slots, and the V2 runner then fills its own with padding."""
+        return False
+
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """Joins equal specs; others raise AssertionError, which is how vLLM learns that they must stay apart."""

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_world_size,
+    get_tp_group,
     tensor_model_parallel_all_reduce,
 )
 from vllm.forward_context import get_forward_context
@@ -209,5 +210,6 @@ def queries_and_keys(attention: Attention) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _mean_over_ranks(scores: torch.Tensor) -> torch.Tensor:
-    """Each tensor-parallel rank scored with its own heads; all must keep the same tokens."""
-    return tensor_model_parallel_all_reduce(scores) / get_tensor_model_parallel_world_size()
+    """Each tensor-parallel rank scored with its own heads; all keep what the first one's mean says, to the last bit."""
+    mean = tensor_model_parallel_all_reduce(scores) / get_tensor_model_parallel_world_size()
+    return get_tp_group().broadcast(mean, src=0)
