@@ -52,11 +52,11 @@ demo: setup
 NEW_MODEL := .cache/embedded-files
 embedded-model: setup
 	rm -rf $(NEW_MODEL)
-	$(BIN)/python -m eos_vllm.training --out $(NEW_MODEL) --record results/embedded-training.json
+	$(BIN)/python -m eos_search.training --out $(NEW_MODEL) --record results/embedded-training.json
 	rm -f results/embedded-heldout.json
 	$(BIN)/eos-search evaluate --model $(NEW_MODEL) --profiles none,blind --images 3600 --per-kind 2000 \
 		--out results/embedded-heldout.json
-	$(BIN)/python -m eos_vllm.training.card $(NEW_MODEL)
+	$(BIN)/python -m eos_search.training.card $(NEW_MODEL)
 	rm -rf eos_vllm/models/embedded/files && mv $(NEW_MODEL) eos_vllm/models/embedded/files
 	rm -rf .cache/embedded-model
 

@@ -280,7 +280,7 @@ def forget_model_classes() -> None:
 
 def check_model(profile: Profile, model_config: Any) -> None:
     """Whether ``profile`` fits the model; errors as in :func:`finish`."""
-    from eos_vllm.core.comparison import check_fits
+    from eos_vllm.core.profile import check_fits
     from eos_vllm.models.geometry import geometry
 
     architectures = list(model_config.architectures or [])

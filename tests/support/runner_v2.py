@@ -1,4 +1,4 @@
-"""vLLM's V2 model runner with asynchronous scheduling, on a CPU: the environment, and the one line that is in the way."""
+"""vLLM's V2 model runner with asynchronous scheduling on a CPU: the environment, and the one line in the way."""
 
 import os
 from pathlib import Path
