@@ -78,13 +78,13 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
             **kwargs: Any,
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
-            if name == "FLASHINFER":
-                _share_workspace(self, vllm_config.compilation_config.static_forward_context[layer_names[0]].eos_batch)
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             self.eos_layers = list(layer_names)
             self.eos_step = 0
             self.eos_segment: int = layer.eos_segment
             self.eos_batch: BatchState = layer.eos_batch
+            if name == "FLASHINFER":
+                _share_workspace(self, self.eos_batch)
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
             self.eos_slots = torch.full((tokens,), PADDING_SLOT, dtype=torch.int64, device=device)
 
@@ -97,14 +97,18 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
                     "does not call what the reduction hooks, and lengths of an earlier step would be used"
                 )
             self.eos_step = self.eos_batch.step
+            if self.eos_batch.built is not None:
+                return self.update_block_table(self.eos_batch.built, common_attn_metadata.block_table_tensor, None)
             common = copy.copy(self.eos_batch.geometry(self.eos_segment, common_attn_metadata).metadata)
             common.block_table_tensor = common_attn_metadata.block_table_tensor
             common.slot_mapping = slots = self.eos_slot_mapping(common.block_table_tensor)
             metadata = super().build(common_prefix_len, common, *args, **kwargs)
             metadata.slot_mapping = slots
+            if self.eos_batch.uniform:
+                self.eos_batch.built = metadata
             return metadata
 
-        def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+        def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor | None) -> Any:
             """For further KV groups of a segment; vLLM's slot mapping knows nothing of it, so ours replaces it."""
             shared = copy.copy(metadata)
             shared.block_table, shared.slot_mapping = blk_table, self.eos_slot_mapping(blk_table)

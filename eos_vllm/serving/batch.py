@@ -98,6 +98,9 @@ class BatchState:
         self._settled = False
         self.block_tables: dict[str, torch.Tensor] = {}  # of this step, by layer name
         self._geometry: dict[int, SegmentGeometry] = {}
+        # Nothing is gone in any segment, and no graph reads buffers by address: all segments share what is built.
+        self.uniform = False
+        self.built: Any = None  # metadata of such a step
         self.workspace: torch.Tensor | None = None  # of FlashInfer's builders
 
     def allocate(self) -> None:
@@ -139,6 +142,7 @@ class BatchState:
             )
         self.step += 1
         self._geometry.clear()
+        self.built = None
         self._tokens, self.is_real = tokens, is_real
 
     def begin(self, rows: Sequence[BatchRow] | None, requests: Sequence[Any] = ()) -> None:
@@ -174,6 +178,7 @@ class BatchState:
             self._query_removed[:, i] = np.subtract(after, before)
             self.prefills_images |= bool(row.plan.images_in(row.computed, end))
         self.take_images(rows if self.prefills_images else ())
+        self.uniform = self.device.type == "cpu" and not self._removed.any() and not self.prefills_images
         self._removed_device.copy_(_to_device(self._removed, self.device))
 
     def take_images(self, rows: Sequence[BatchRow]) -> None:
@@ -185,6 +190,7 @@ class BatchState:
 
     def geometry(self, segment: int, common: CommonAttentionMetadata) -> SegmentGeometry:
         """The segment's view of vLLM's metadata; computed once per step and segment, whatever its KV groups."""
+        segment = 0 if self.uniform else segment
         if (known := self._geometry.get(segment)) is None:
             if not self._geometry:
                 self._check(common)
@@ -202,7 +208,7 @@ class BatchState:
 
     def geometry_of(self, segment: int) -> SegmentGeometry:
         """What :meth:`geometry` built earlier in this step."""
-        return self._geometry[segment]
+        return self._geometry[0 if self.uniform else segment]
 
     def _build(self, segment: int, common: CommonAttentionMetadata) -> SegmentGeometry:
         n = common.num_reqs

@@ -33,6 +33,7 @@ from eos_vllm.serving.metrics import Counters, WorkerLog
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.runner_v1 import hook_v1_runner
 from eos_vllm.serving.stages import EMBEDDINGS, ORIGIN, extend_intermediate_tensors, fill, pack
+from eos_vllm.serving.stretches import Stretch, stretches, vllm_compiles
 
 
 class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -94,6 +95,8 @@ class Reduction:
         for index, layer in self.attention.items():
             convert(layer, self.profile.segment_of_layer(index), self.batch)
         self.reducer_after = {layer: i for i, layer in enumerate(self.profile.layers)}
+        compiled = vllm_compiles(vllm_config.compilation_config)
+        self.parts = list(stretches(decoder.layers, self.layers, self.profile.layers, compiled))
         self.join_scores = _mean_over_ranks if get_tensor_model_parallel_world_size() > 1 else None
         self.counters = Counters(len(self.profile.reducers))
         self.log = WorkerLog(self.profile.layers)
@@ -137,14 +140,14 @@ class Reduction:
         adapters = LoraRows.of(self.decoder, tokens)
         if adapters is not None and origin is not None:
             adapters.follow(origin)
-        for index in self.layers:
-            layer, reducer = self.decoder.layers[index], self.reducer_after.get(index)
-            if reducer is None:
-                hidden, residual = layer(positions, hidden, residual)
+        for part in self.parts:
+            if isinstance(part, Stretch):
+                hidden, residual = part(positions, hidden, residual)
                 continue
-            with queries_and_keys(self.attention[index]) as seen:
-                hidden, residual = layer(positions, hidden, residual)
-            hidden, source = self._reduce(index, reducer, hidden + residual, seen, layout.steps[reducer], weights)
+            reducer = self.reducer_after[part]
+            with queries_and_keys(self.attention[part]) as seen:
+                hidden, residual = self.decoder.layers[part](positions, hidden, residual)
+            hidden, source = self._reduce(part, reducer, hidden + residual, seen, layout.steps[reducer], weights)
             residual = None
             positions = positions.index_select(0, source)
             origin = source if origin is None else origin.index_select(0, source)
