@@ -86,16 +86,17 @@ def _allocate_and_compare(
 ) -> None:
     plan, tokens = trial_plan(planner, max_model_len)
     want = planned_blocks(kv_cache_config, plan, tokens)
+    plans = [manager.plans for manager in managers]
     for manager in managers:
-        manager.plans[_TRIAL] = plan
+        manager.plans = {_TRIAL: plan}
     got: list[int] | None = None
     try:
         promised = [m.get_num_blocks_to_allocate(_TRIAL, tokens, [], 0, 0, tokens) for m in managers]
         if promised == want:
             got = [len(m.allocate_new_blocks(_TRIAL, tokens, tokens)) for m in managers]
     finally:
-        for manager in managers:
+        for manager, before in zip(managers, plans, strict=True):
             manager.free(_TRIAL)
-            manager.plans.pop(_TRIAL, None)
+            manager.plans = before
     if got != want:
         raise RuntimeError(f"eos: KV blocks per group: planned {want}, promised {promised}, allocated {got}")
