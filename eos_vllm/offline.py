@@ -1,8 +1,8 @@
 """``eos_vllm.LLM``: vLLM's offline engine with a profile, which refuses to be one without.
 
 Symptom without it: ``vllm.LLM(additional_config={"eos": ...})`` serves unreduced, and says nothing, where vLLM did not
-load the plugin (``VLLM_PLUGINS`` names others, or loading it failed, which vLLM only logs). The plugin cannot notice that
-it is missing.
+load the plugin (``VLLM_PLUGINS`` names others, or loading it failed, which vLLM only logs). The plugin cannot notice
+that it is missing.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from eos_vllm.core.errors import SettingError
 
 
-def LLM(model: str, profile: Any, retain: int | None = None, **settings: Any) -> Any:  # noqa: N802
+def LLM(model: str, profile: Any, retain: int | None = None, **settings: Any) -> Any:
     """A ``vllm.LLM`` whose workers have shown that they reduce.
 
     Args:
