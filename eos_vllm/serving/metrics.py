@@ -54,11 +54,6 @@ class Counters:
         self.tokens_in[reducer] += before
         self.tokens_kept[reducer] += after
 
-    def reset(self) -> None:
-        """Back to zero, after a rehearsal."""
-        reducers = len(self.tokens_in)
-        self.images, self.tokens_in, self.tokens_kept = 0, [0] * reducers, [0] * reducers
-
     def to_dict(self) -> dict[str, Any]:
         return {"images": self.images, "tokens_in": list(self.tokens_in), "tokens_kept": list(self.tokens_kept)}
 

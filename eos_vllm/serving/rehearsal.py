@@ -5,6 +5,8 @@ first image would pay for what is compiled at first use, and a contract that vLL
 the first user with an image, or never.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from eos_vllm.core.plan import ImageSpan, RequestPlan
 from eos_vllm.serving.batch import BatchRow
 from eos_vllm.serving.kv_cache import planned_blocks, segments_of_groups
+from eos_vllm.serving.metrics import Counters
 
 _IMAGE = "eos-rehearsal"
 _BEFORE, _BEHIND = 1, 8  # text tokens around an image
@@ -73,11 +76,14 @@ def rehearse_memory(runner: Any, reduction: Any) -> None:
     batch, weights = reduction.batch, reduction.decoder.norm.weight
     tokens = sum(request.tokens for request in made)
     batch.take_images([BatchRow(r.name, r.plan, 0, r.tokens) for r in made])
-    with torch.inference_mode(), set_forward_context(None, runner.vllm_config, num_tokens=tokens):
+    with (
+        _counted_apart(reduction),
+        torch.inference_mode(),
+        set_forward_context(None, runner.vllm_config, num_tokens=tokens),
+    ):
         embeds = torch.zeros(tokens, weights.shape[0], dtype=weights.dtype, device=weights.device)
         reduction.forward(torch.arange(tokens, device=weights.device), embeds)
     batch.take_images([])
-    reduction.counters.reset()
 
 
 def rehearse(runner: Any, reduction: Any) -> None:
@@ -107,16 +113,25 @@ def rehearse(runner: Any, reduction: Any) -> None:
     step.num_scheduled_tokens = {request.name: request.tokens for request in made}
     step.total_num_scheduled_tokens = sum(request.tokens for request in made)
     step.num_common_prefix_blocks = [0] * len(runner.kv_cache_config.kv_cache_groups)
-    try:
+    with _counted_apart(reduction):
         runner.execute_model(step)
         _check(runner, reduction, made)
         runner.sample_tokens(None)
-    finally:
-        runner.encoder_cache.pop(_IMAGE, None)
+    runner.encoder_cache.pop(_IMAGE)
     done = SchedulerOutput.make_empty()
     done.finished_req_ids = {request.name for request in made}
     runner.execute_model(done)
-    reduction.counters.reset()
+
+
+@contextmanager
+def _counted_apart(reduction: Any) -> Iterator[None]:
+    """Within the block the worker counts for the rehearsal alone."""
+    counters = reduction.counters
+    reduction.counters = Counters(len(reduction.profile.reducers))
+    try:
+        yield
+    finally:
+        reduction.counters = counters
 
 
 def _with_blocks(made: list[MadeUp], kv_cache_config: Any) -> list[MadeUp]:
