@@ -1,7 +1,6 @@
 """Several ranks, drafts, adapters and number formats: the answers of one plain engine, token by token."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from eos_vllm.models.images import sample_image
 from eos_vllm.models.tiny import write_tiny_model
 from support.alone import answers_alone, asks_of, assert_same
-from support.engines import Answer, Ask, BlockWatch, answer_all, engine, free_blocks, prompt_of, scheduler_of
+from support.engines import Answer, Ask, answer_all, engine, free_blocks, params_of, prompt_of
 from support.profiles import make_profile
 
 PROFILE = make_profile(
@@ -28,56 +27,46 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path) -> Iterator[tuple[list[Answer], dict[str, Any]]]:
+def alone(model: Path) -> tuple[list[Answer], dict[str, Any]]:
     """Answers of one plain engine, and what its reducers did."""
     with engine(model, PROFILE) as llm:
         answers = answer_all(llm, asks_of(*ASKS))
-        yield answers, llm.collective_rpc("eos_report")[0]
+        return answers, llm.collective_rpc("eos_report")[0]
 
 
 def test_tensor_parallel(model: Path, alone: Any, tmp_path: Path) -> None:
     """Both ranks keep the same tokens as one rank does."""
     variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    answers, reports = answers_alone(
-        tmp_path, model, PROFILE, ASKS, variables, tensor_parallel_size=2, max_num_batched_tokens=2048
-    )
-    assert_same(answers, alone[0])
-    assert len(reports) == 2
-    for report in reports:
+    run = answers_alone(tmp_path, model, PROFILE, ASKS, variables, tensor_parallel_size=2, max_num_batched_tokens=2048)
+    assert_same(run.answers, alone[0])
+    assert len(run.reports) == 2
+    for report in run.reports:
         assert report["tokens_kept"] == alone[1]["tokens_kept"]
 
 
 @pytest.mark.parametrize("partition", ["4,4", "3,5"], ids=["behind-a-reducer", "within-a-segment"])
 def test_pipeline_parallel(model: Path, alone: Any, tmp_path: Path, partition: str) -> None:
     variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_PP_LAYER_PARTITION": partition}
-    answers, reports = answers_alone(
+    run = answers_alone(
         tmp_path, model, PROFILE, ASKS, variables, pipeline_parallel_size=2, max_num_batched_tokens=2048
     )
-    assert_same(answers, alone[0])
-    kept = [sum(counts) for counts in zip(*(report["tokens_kept"] for report in reports), strict=True)]
+    assert_same(run.answers, alone[0])
+    kept = [sum(counts) for counts in zip(*(report["tokens_kept"] for report in run.reports), strict=True)]
     assert kept == alone[1]["tokens_kept"]
 
 
-def test_ngram_drafts(model: Path, alone: Any) -> None:
+@pytest.mark.parametrize("blocks", [None, 4 * (1376 // 32) + 2], ids=["room", "preemption"])
+def test_ngram_drafts(model: Path, alone: Any, tmp_path: Path, blocks: int | None) -> None:
+    """In a process of its own: what vLLM loads for drafts keeps it from starting another engine there."""
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    with engine(model, PROFILE, speculative_config=speculation, disable_log_stats=False) as llm:
-        free = free_blocks(llm)
-        assert_same(answer_all(llm, asks_of(*ASKS)), alone[0])
-        assert free_blocks(llm) == free
-        drafted = [m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens"]
-        assert sum(drafted) > 0
-
-
-def test_ngram_drafts_and_preemption(model: Path, alone: Any) -> None:
-    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    blocks = 4 * (1376 // 32) + 2
-    with engine(
-        model, PROFILE, speculative_config=speculation, max_model_len=1376, num_gpu_blocks_override=blocks
-    ) as llm:
-        with BlockWatch(scheduler_of(llm)) as watch:
-            answers = answer_all(llm, asks_of(*ASKS))
-        assert watch.preemptions >= 1
-    assert_same(answers, alone[0])
+    settings: dict[str, Any] = {"speculative_config": speculation, "disable_log_stats": False}
+    if blocks is not None:
+        settings |= {"max_model_len": 1376, "num_gpu_blocks_override": blocks}
+    run = answers_alone(tmp_path, model, PROFILE, ASKS, **settings)
+    assert_same(run.answers, alone[0])
+    assert run.facts["drafted"] > 0
+    assert run.facts["lost_blocks"] == 0
+    assert bool(run.facts["preemptions"]) == (blocks is not None)
 
 
 def test_several_answers_of_one_request(model: Path) -> None:
@@ -113,7 +102,13 @@ def test_structured_output(model: Path) -> None:
     assert all(text.lstrip().startswith("{") for text in texts[1::2])
 
 
-@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}])
+FP8 = pytest.param(
+    {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+    marks=pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 KV cache needs AVX-512"),
+)
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, FP8], ids=["bfloat16", "fp8-kv"])
 def test_keeping_all_is_stock_in_the_same_number_format(model: Path, settings: dict[str, Any]) -> None:
     asks = asks_of(*ASKS)
     with engine(model, None, **settings) as llm:
@@ -163,8 +158,6 @@ def merged(model: Path, folder: Path, added: dict[str, torch.Tensor]) -> Path:
 def test_adapters(model: Path, tmp_path: Path) -> None:
     """Two adapters in one batch answer as the models that have them in their weights."""
     from vllm.lora.request import LoRARequest
-
-    from support.engines import params_of
 
     asks = [ask for ask in asks_of(12, 12) if ask.images]
     want = []

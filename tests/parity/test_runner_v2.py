@@ -26,11 +26,11 @@ TESTS = Path(__file__).parents[1]
 
 def test_answers_are_those_of_v1(tiny_model: Path, tmp_path: Path) -> None:
     asks = 9, 10
-    answers, reports = answers_alone(tmp_path, tiny_model, PROFILE, asks, environment())
-    assert reports[0]["runner"].endswith("cpu.model_runner.CPUModelRunner")
-    assert reports[0]["asynchronous"]
+    run = answers_alone(tmp_path, tiny_model, PROFILE, asks, environment())
+    assert run.reports[0]["runner"].endswith("cpu.model_runner.CPUModelRunner")
+    assert run.reports[0]["asynchronous"]
     with engine(tiny_model, PROFILE) as llm:
-        assert_same(answers, answer_all(llm, asks_of(*asks)))
+        assert_same(run.answers, answer_all(llm, asks_of(*asks)))
 
 
 @pytest.mark.parametrize(

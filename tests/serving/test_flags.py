@@ -132,7 +132,6 @@ def test_a_profile_after_the_same_model_without(tiny_model: Path, profile_file: 
         (["--decode-context-parallel-size", "2"], "decode-context-parallel-size"),
         (["--runner", "pooling"], "runner"),
         (["--convert", "embed"], "runner='pooling'"),
-        (["--compilation-config", '{"mode": 1}'], "compilation-config.mode"),
         (["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'], "kv-transfer-config"),
         (["--kv-offloading-size", "1"], "kv-offloading-size"),
         (["--disable-hybrid-kv-cache-manager"], "disable-hybrid-kv-cache-manager"),
@@ -149,6 +148,14 @@ def test_bad_flags(
     line = refused(tiny_model, ["--eos-profile", str(profile_file), *flags], capsys)
     assert named in line
     assert ";" in line  # the remedy
+
+
+def test_a_compiler_that_would_take_the_whole_forward_pass(
+    tiny_model: Path, profile_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "BASE", [flag for flag in BASE if flag != "--enforce-eager"])
+    flags = ["--eos-profile", str(profile_file), "--compilation-config", '{"mode": 1}']
+    assert "compilation-config.mode" in refused(tiny_model, flags, capsys)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,24 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from eos_vllm.core.profile import Profile, parse_profile
-from support.engines import Answer, Ask, answer_all, engine, mixed_asks
+from support.engines import Answer, Ask, BlockWatch, answer_all, engine, free_blocks, mixed_asks, scheduler_of
 from support.runner_v2 import allow_asynchronous_scheduling, is_wanted
 
 TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of it: answers, the workers' reports, and facts of the engine."""
+
+    answers: list[Answer]
+    reports: list[dict[str, Any]]
+    facts: dict[str, Any]
 
 
 def asks_of(count: int, max_tokens: int) -> list[Ask]:
@@ -33,8 +42,8 @@ def answers_alone(
     asks: tuple[int, int],
     environment: dict[str, str] | None = None,
     **settings: Any,
-) -> tuple[list[Answer], list[dict[str, Any]]]:
-    """Answers of an engine that is started for them alone, and its workers' reports.
+) -> "Run":
+    """Starts an engine for some requests alone.
 
     Args:
         folder: for files.
@@ -58,7 +67,8 @@ def answers_alone(
     )
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(file.with_suffix(".result").read_text(encoding="utf-8"))
-    return [Answer(**answer | {"first_logprobs": _ints(answer)}) for answer in result["answers"]], result["reports"]
+    answers = [Answer(**answer | {"first_logprobs": _ints(answer)}) for answer in result["answers"]]
+    return Run(answers, result["reports"], result["facts"])
 
 
 def _ints(answer: dict[str, Any]) -> dict[int, float]:
@@ -82,9 +92,16 @@ def main(file: Path) -> None:
     task = json.loads(file.read_text(encoding="utf-8"))
     profile = task["profile"] and parse_profile(task["profile"])
     with engine(task["model"], profile, **task["settings"]) as llm:
-        answers = [asdict(answer) for answer in answer_all(llm, asks_of(*task["asks"]))]
+        free = free_blocks(llm)
+        with BlockWatch(scheduler_of(llm)) as watch:
+            answers = [asdict(answer) for answer in answer_all(llm, asks_of(*task["asks"]))]
         reports = llm.collective_rpc("eos_report") if profile else []
-    file.with_suffix(".result").write_text(json.dumps({"answers": answers, "reports": reports}), encoding="utf-8")
+        drafted = 0
+        if not task["settings"].get("disable_log_stats", True):
+            drafted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens")
+        facts = {"preemptions": watch.preemptions, "drafted": drafted, "lost_blocks": free - free_blocks(llm)}
+    result = {"answers": answers, "reports": reports, "facts": facts}
+    file.with_suffix(".result").write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":
