@@ -184,7 +184,6 @@ def prepare(engine_args: Any) -> None:
     Raises:
         SettingError: an incompatible setting was asked for explicitly.
     """
-    from vllm.logger import init_logger
 
     for name, asked, why in _REFUSED:
         value = getattr(engine_args, name, None)
@@ -196,10 +195,6 @@ def prepare(engine_args: Any) -> None:
         engine_args.block_size = _smallest_block()
     engine_args.model_class_overrides = {**engine_args.model_class_overrides, ARCHITECTURE: MODEL_CLASS}
     engine_args.worker_extension_cls = WORKER_EXTENSION
-    logger = init_logger("vllm.eos")
-    if "VLLM_USE_V2_MODEL_RUNNER" not in os.environ:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        logger.info("eos: using the V1 model runner; VLLM_USE_V2_MODEL_RUNNER=1 tries V2, which is not proven yet")
 
 
 def _turn_off(engine_args: Any, asked: list[str], why: str) -> None:

@@ -86,12 +86,13 @@ def rehearse_memory(runner: Any, reduction: Any) -> None:
     batch.take_images([])
 
 
-def rehearse(runner: Any, reduction: Any) -> None:
+def rehearse(runner: Any, reduction: Any, encoder_outputs: dict[str, torch.Tensor]) -> None:
     """Prefills made-up images through the runner as requests would be, and checks what came of it.
 
     Args:
-        runner: the worker's V1 model runner, its KV cache made.
+        runner: the worker's model runner, its KV cache made.
         reduction: of its model.
+        encoder_outputs: where the runner finds an image's embeddings, by identifier.
 
     Raises:
         RuntimeError: tokens, lengths, slots or KV blocks are not as planned; vLLM then ends the worker and the server.
@@ -107,7 +108,7 @@ def rehearse(runner: Any, reduction: Any) -> None:
     hidden = reduction.decoder.norm.weight
     visual = reduction.profile.model.visual_tokens
     # As if the vision tower had run: vLLM profiles that itself.
-    runner.encoder_cache[_IMAGE] = torch.zeros(visual, hidden.shape[0], dtype=hidden.dtype, device=hidden.device)
+    encoder_outputs[_IMAGE] = torch.zeros(visual, hidden.shape[0], dtype=hidden.dtype, device=hidden.device)
     step = SchedulerOutput.make_empty()
     step.scheduled_new_reqs = [_request(request) for request in made]
     step.num_scheduled_tokens = {request.name: request.tokens for request in made}
@@ -117,7 +118,7 @@ def rehearse(runner: Any, reduction: Any) -> None:
         runner.execute_model(step)
         _check(runner, reduction, made)
         runner.sample_tokens(None)
-    runner.encoder_cache.pop(_IMAGE)
+    encoder_outputs.pop(_IMAGE)
     done = SchedulerOutput.make_empty()
     done.finished_req_ids = {request.name for request in made}
     runner.execute_model(done)

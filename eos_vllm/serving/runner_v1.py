@@ -54,7 +54,7 @@ def hook_v1_runner() -> None:
         if reads_cached_keys(self.vllm_config):
             prove_key_reading(reduction.attention[reduction.layers.start])
         skip_slot_mappings(self.input_batch)
-        rehearse(self, reduction)
+        rehearse(self, reduction, self.encoder_cache)
         return result
 
     @functools.wraps(profile)

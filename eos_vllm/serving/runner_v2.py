@@ -1,14 +1,16 @@
-"""The V2 model runner's part, through its own extension point: a model state.
+"""The V2 model runner's part: a model state, which is vLLM's own extension point, and the rehearsal.
 
-Written against vLLM 0.32; not yet proven, for the V2 runner needs a GPU (or Triton for CPUs). ``--eos-profile``
-therefore selects V1, unless ``VLLM_USE_V2_MODEL_RUNNER=1`` is set.
+The state tells the batch what is in each step. What is wrapped beside it: symptom without it, no image is rehearsed, for
+a state knows no runner; why safe, vLLM's methods are called with the very arguments; can go when a state may warm up.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from eos_vllm.core.plan import RequestPlan
@@ -16,6 +18,7 @@ from eos_vllm.serving.batch import BatchRow
 from eos_vllm.serving.cached_keys import prove_key_reading
 from eos_vllm.serving.options import reads_cached_keys
 from eos_vllm.serving.proof import prove_worker
+from eos_vllm.serving.rehearsal import rehearse, rehearse_memory
 from eos_vllm.serving.requests import plan_of_features
 
 
@@ -26,13 +29,39 @@ class Planned:
     plan: RequestPlan | None
 
 
+def hook_v2_runner() -> None:
+    """Wraps two methods of the V2 ``GPUModelRunner`` once per process; called when a model with a profile is built."""
+    if getattr(GPUModelRunner, "eos_hooked", False):
+        return
+    GPUModelRunner.eos_hooked = True  # type: ignore[attr-defined]
+    initialize, profile = GPUModelRunner.initialize_kv_cache, GPUModelRunner.profile_run
+
+    @functools.wraps(initialize)
+    def initialize_and_rehearse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = initialize(self, *args, **kwargs)
+        if reduction := self.get_model().eos:
+            rehearse(self, reduction, self.encoder_cache.encoder_outputs)
+        return result
+
+    @functools.wraps(profile)
+    def profile_with_reduction(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = profile(self, *args, **kwargs)
+        if reduction := self.get_model().eos:
+            rehearse_memory(self, reduction)
+        return result
+
+    GPUModelRunner.initialize_kv_cache = initialize_and_rehearse  # type: ignore[method-assign]
+    GPUModelRunner.profile_run = profile_with_reduction  # type: ignore[method-assign]
+
+
 class EosModelState(DefaultModelState):
     """vLLM's default state, which also tells the reduction what is in each step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        hook_v2_runner()
         self.planned: dict[str, Planned] = {}
-        self.reduction: Any = getattr(self.model, "eos", None)
+        self.reduction: Any = self.model.eos
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Plans a request that is new, or that comes back after a preemption."""

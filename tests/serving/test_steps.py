@@ -11,6 +11,7 @@ from eos_vllm.models.images import sample_image
 from eos_vllm.serving.batch import BatchRow, BatchState
 from support.engines import Ask, answer_all, engine
 from support.profiles import make_profile
+from support.runner_v2 import is_wanted
 
 
 def plan_of(tokens: int = 600) -> RequestPlan:
@@ -96,6 +97,10 @@ def test_a_step_that_nobody_announced(tiny_model: Any, monkeypatch: pytest.Monke
         ask = Ask("USER: <image>\nWhat? ASSISTANT:", [sample_image(3)], max_tokens=4)
         assert answer_all(llm, [ask])
         monkeypatch.setattr(runner_v1, "_begin", lambda *_: None)
+        if is_wanted():
+            from eos_vllm.serving.runner_v2 import EosModelState
+
+            monkeypatch.setattr(EosModelState, "_begin", lambda *_: None)
         with pytest.raises(RuntimeError, match="without a new step being announced"):
             answer_all(llm, [ask])
 
