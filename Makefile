@@ -1,5 +1,5 @@
 # make setup | test | lint | demo | docs | clean
-# make embedded-model | accuracy | search | ablations | bench | loadtest | bench-smoke | soak
+# make embedded-model | accuracy | several-questions | search | ablations | bench | loadtest | bench-smoke | soak
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
@@ -22,7 +22,7 @@ TESTS := $(filter-out tests/serving tests/__pycache__,$(patsubst %/,%,$(sort $(w
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: setup test lint demo embedded-model accuracy search ablations bench loadtest bench-smoke soak docs clean
+.PHONY: setup test lint demo embedded-model accuracy several-questions search ablations bench loadtest bench-smoke soak docs clean
 
 setup: $(READY)
 
@@ -52,11 +52,11 @@ demo: setup
 NEW_MODEL := .cache/embedded-files
 embedded-model: setup
 	rm -rf $(NEW_MODEL)
-	$(BIN)/python -m eos_vllm.training --out $(NEW_MODEL) --record results/embedded-training.json
+	$(BIN)/python -m eos_search.training --out $(NEW_MODEL) --record results/embedded-training.json
 	rm -f results/embedded-heldout.json
 	$(BIN)/eos-search evaluate --model $(NEW_MODEL) --profiles none,blind --images 3600 --per-kind 2000 \
 		--out results/embedded-heldout.json
-	$(BIN)/python -m eos_vllm.training.card $(NEW_MODEL)
+	$(BIN)/python -m eos_search.training.card $(NEW_MODEL)
 	rm -rf eos_vllm/models/embedded/files && mv $(NEW_MODEL) eos_vllm/models/embedded/files
 	rm -rf .cache/embedded-model
 
@@ -67,6 +67,16 @@ ACCURACY := none,$P,prune@$P,merge@$P,pool@$P,reweight@$P,random@$P,oracle@$P,em
 accuracy: setup
 	$(BIN)/eos-search evaluate --profiles '$(ACCURACY)' --images 320 --per-kind 200 --out results/embedded-accuracy.json \
 		--figure docs/embedded-accuracy.png --page docs/results.md --against $P
+
+# Several questions about one image: tokens chosen by the question, by another one, by the image; and rounded counts.
+Q := embedded-searched embedded-fastv embedded-sparsevlm-v2
+SEVERAL := results/several-questions.json
+comma := ,
+empty :=
+CASES := none$(subst $(empty) $(empty),,$(foreach q,$Q,$(comma)$q$(comma)earlier@$q$(comma)image@$q$(comma)rounded@$q))
+several-questions: setup
+	$(BIN)/eos-search evaluate --budgets 192,64,32 --images 120 --out $(SEVERAL) --profiles '$(CASES)'
+	for q in $Q; do $(BIN)/eos-search evaluate --table $(SEVERAL) --against $$q | sed -n '/minus the others/,$$p'; done
 
 # Searches a profile on the embedded model; what was stopped goes on with --resume.
 search: setup

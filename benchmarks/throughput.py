@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from eos_vllm import profiles
+from eos_vllm.analysis.comparison import compare
+from eos_vllm.analysis.cost import layer_flops
+from eos_vllm.analysis.scaling import scale_to_model
 from eos_vllm.core.budget import REQUEST_FIELD
-from eos_vllm.core.comparison import compare
-from eos_vllm.core.cost import layer_flops
 from eos_vllm.core.plan import ImageSpan, Planner
 from eos_vllm.core.profile import Profile, parse_profile
-from eos_vllm.core.scaling import scale_to_model
 from eos_vllm.models.geometry import geometry
 from eos_vllm.models.images import sample_image
 from eos_vllm.models.tiny import PRESETS, parameter_count, write_tiny_model

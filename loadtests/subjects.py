@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from eos_vllm import profiles
-from eos_vllm.core.cost import DTYPE_BYTES
+from eos_vllm.analysis.cost import DTYPE_BYTES
+from eos_vllm.analysis.scaling import scale_to_model
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile, parse_profile
-from eos_vllm.core.scaling import scale_to_model
 from eos_vllm.models.geometry import ModelGeometry, geometry
 from loadtests.grid import Kind
 from loadtests.servers import MODEL_NAME, GivenServers, Servers, ServerSpec, servers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eos_vllm.core.cost import DTYPE_BYTES
+from eos_vllm.analysis.cost import DTYPE_BYTES
 from eos_vllm.core.errors import SettingError
 from loadtests.grid import (
     RESTRICTED,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from eos_search.selection import SELECTIONS, selection_scores
+from eos_search.selection import EARLIER, SELECTIONS, rows_before, selection_scores
 from eos_vllm.cluttervqa import Row
 from eos_vllm.core.budget import REQUEST_FIELD
 from eos_vllm.core.errors import EosError
@@ -30,9 +30,10 @@ class Case:
         name: how tables call it.
         profile: the profile; None for the unreduced model.
         budget: retain budget per image; None for the profile's own.
-        selection: who chooses in place of attention: ``random``, ``oracle`` or None.
+        selection: who chooses in place of the question: ``random``, ``oracle``, ``earlier`` or None.
         blind: the model is shown another row's image.
-        corner: which corner of the operator stands in the profile in place of its own.
+        changed: what was changed in the profile: a corner of the operator, ``image`` or ``rounded``.
+        block: tokens per KV block, to which removed tokens are rounded.
     """
 
     name: str
@@ -40,14 +41,15 @@ class Case:
     budget: int | None
     selection: str | None = None
     blind: bool = False
-    corner: str | None = None
+    changed: str | None = None
+    block: int = 1
 
 
 class Answerer(Protocol):
     """Answers rows in their order."""
 
     def answer(self, rows: Sequence[Row], cases: Sequence[Case], progress: Callable[[int], Any]) -> list[list[str]]:
-        """Replies to ``rows`` in each case of one profile; ``progress`` is told how many more are done."""
+        """Replies to ``rows`` in each case of one name; ``progress`` is told how many more are done."""
 
 
 class ReferenceAnswerer:
@@ -105,9 +107,9 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
     pictures = [Image.open(file).convert("RGB") for file in images]
     processor, max_tokens = _WORKER["processor"], _WORKER["max_tokens"]
     tokenizer = processor.tokenizer
-    reference = ReferenceModel(_WORKER["model"], processor, cases[0].profile)
+    reference = ReferenceModel(_WORKER["model"], processor, cases[0].profile, block=cases[0].block)
     before = shared = None
-    replies: list[list[str]] = [[] for _ in cases]
+    asked = []
     for row in rows:
         prompt = chat_prompt(processor, row.prompt, len(pictures))
         if before is None:
@@ -117,13 +119,18 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
                 shared = reference.share(before)
         else:
             embeddings = reference.behind(before, prompt)
+        asked.append(embeddings)
+    vision = _WORKER["model"].config.vision_config
+    side = vision.image_size // vision.patch_size
+    earlier = rows_before(rows)
+    replies: list[list[str]] = [[] for _ in cases]
+    for i, (row, embeddings) in enumerate(zip(rows, asked, strict=True)):
         for case, found in zip(cases, replies, strict=True):
-            scores = None
+            scores: Any = None
             if case.selection in SELECTIONS:
-                vision = _WORKER["model"].config.vision_config
-                scores = selection_scores(
-                    case.selection, row, vision.image_size // vision.patch_size, vision.image_size
-                )
+                scores = selection_scores(case.selection, row, side, vision.image_size)
+            elif case.selection == EARLIER:
+                scores = reference.prefill(asked[earlier[i]], spans, case.budget, shared=shared).scores
             state = reference.prefill(embeddings, spans, case.budget, scores, shared)
             ids = reference.answer(state, len(embeddings), max_tokens, tokenizer.eos_token_id).token_ids
             found.append(tokenizer.decode(ids, skip_special_tokens=True))
@@ -194,10 +201,10 @@ class ServerAnswerer:
         """As :class:`Answerer`.
 
         Raises:
-            EosError: a selection or corner that a server doesn't have, or a request that failed.
+            EosError: a selection or change that a server doesn't have, or a request that failed.
         """
         for case in cases:
-            if case.selection or case.corner or case.blind:
+            if case.selection or case.changed or case.blind:
                 raise EosError("profile", case.name, "is not served", "leave --base-url out to use the reference")
 
         def ask(case: Case, row: Row) -> str:

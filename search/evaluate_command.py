@@ -13,6 +13,7 @@ from eos_search.accuracy_page import accuracy_page, margins_table
 from eos_search.answerers import Case, ReferenceAnswerer, ServerAnswerer
 from eos_search.evaluation import cases, evaluate, key, table
 from eos_search.raw import fingerprint, plain, read_earlier, read_result, weights_digest, write_raw
+from eos_search.selection import EARLIER, rows_before
 from eos_vllm.cluttervqa import SPLITS, Row, export, read_rows
 from eos_vllm.core.budget import parse_budget
 from eos_vllm.core.errors import EosError
@@ -131,7 +132,8 @@ def check_rows(rows: Sequence[Row], wanted: Sequence[Case], file: str) -> None:
     """Refuses rows that cannot be asked, before any is.
 
     Raises:
-        EosError: there are none, an image is missing, or a selection lacks its one image or its boxes.
+        EosError: there are none, an image is missing, or a selection lacks its one image, its boxes or
+            another question.
     """
     if not rows:
         raise EosError("rows", file, "holds no question", "name a JSONL with at least one")
@@ -142,9 +144,13 @@ def check_rows(rows: Sequence[Row], wanted: Sequence[Case], file: str) -> None:
                 raise EosError("image_files", str(image), f"is missing (row {row.id})", "put it there, or drop the row")
         if selections - {None} and len(row.image_files) != 1:
             problem = f"has {len(row.image_files)} images"
-            raise EosError("rows", row.id, problem, "evaluate random@ and oracle@ on rows of one image")
+            raise EosError("rows", row.id, problem, "evaluate random@, oracle@ and earlier@ on rows of one image")
         if "oracle" in selections and not row.boxes:
             raise EosError("boxes", row.id, "are missing", "evaluate oracle@ on rows that have them")
+    if EARLIER in selections:
+        lone = [rows[i].id for i, before in enumerate(rows_before(rows)) if i == before]
+        if lone:
+            raise EosError("rows", lone[0], "is the only one about its image", "evaluate earlier@ on two or more")
 
 
 def answerer_for(args: argparse.Namespace, wanted: Sequence[Case]) -> ReferenceAnswerer | ServerAnswerer:

@@ -9,11 +9,14 @@ from eos_search.accuracy import AVERAGE, Share, accuracy, loyalty
 from eos_search.answerers import BLIND, STOCK, Answerer, Case
 from eos_search.corners import CORNERS, at_corner
 from eos_search.raw import digest
-from eos_search.selection import SELECTIONS
+from eos_search.selection import BLOCK, EARLIER, IMAGE, ROUNDED, SELECTIONS, asked_by_image
 from eos_vllm import profiles
 from eos_vllm.cluttervqa import Row
 from eos_vllm.core.budget import kept_counts, layer_average
 from eos_vllm.core.errors import EosError
+from eos_vllm.core.plan import Planner
+
+CHANGES = (*SELECTIONS, EARLIER, IMAGE, ROUNDED, *CORNERS)
 
 
 def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
@@ -23,7 +26,9 @@ def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
         names: paths or names of profiles, ``none`` for the unreduced model, ``blind`` for that with other images,
             ``random@PROFILE`` and ``oracle@PROFILE`` for those selections in place of the profile's own choice: they
             have its reducers and counts, and differ in the choice alone; ``prune@PROFILE``, ``merge@``, ``pool@`` and
-            ``reweight@`` for the corners of the operator: they differ in that alone.
+            ``reweight@`` for the corners of the operator: they differ in that alone; ``earlier@PROFILE`` for tokens
+            that another question about the image chose, ``image@`` for the image's own choice, ``rounded@`` for counts
+            rounded to KV blocks (:mod:`eos_search.selection`).
         budgets: retain budgets per image; None for each profile's own.
 
     Raises:
@@ -35,20 +40,22 @@ def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
             found.append(Case(name, None, None, blind=name == BLIND))
             continue
         change, _, source = name.rpartition("@")
-        if change and change not in (*SELECTIONS, *CORNERS):
-            remedy = f"choose from {', '.join((*SELECTIONS, *CORNERS))} before the @"
-            raise EosError("profiles", name, "names neither a selection nor a corner", remedy)
+        if change and change not in CHANGES:
+            raise EosError("profiles", name, "changes nothing known", f"choose from {', '.join(CHANGES)} before the @")
         profile = profiles.resolve(source)
-        corner = change if change in CORNERS else None
-        selection = change if change in SELECTIONS else None
-        if corner:
-            profile = at_corner(profile, corner)
+        plain = profile.name
+        if change in CORNERS:
+            profile = at_corner(profile, change)
+        elif change == IMAGE:
+            profile = asked_by_image(profile)
         for budget in budgets:
             kept_counts(profile, budget)
-            label = f"{selection}@{profile.name}" if selection else profile.name
+            label = f"{change}@{plain}" if change else plain
             if any(case.name == label and case.profile != profile for case in found):
                 raise EosError("profiles", label, "is the name of two profiles", "give each its own")
-            case = Case(label, profile, budget, selection, corner=corner)
+            selection = change if change in (*SELECTIONS, EARLIER) else None
+            changed = change if change and not selection else None
+            case = Case(label, profile, budget, selection, changed=changed, block=BLOCK if change == ROUNDED else 1)
             if case not in found:
                 found.append(case)
     return found
@@ -109,7 +116,7 @@ def describe(case: Case) -> dict[str, Any]:
     """Name, digest, budget, counts after each reducer and layer average of a case."""
     if case.profile is None:
         return {"profile": case.name, "does": None, "budget": None, "kept": [], "layer_average": None}
-    counts = kept_counts(case.profile, case.budget)
+    counts = Planner(case.profile, block=case.block).counts(case.budget)
     return {
         "profile": case.name,
         "does": digest(case.profile),

@@ -5,8 +5,7 @@ cache whose layers differ in length, no paging, no batching. What the server ans
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +29,14 @@ class Prefill:
         hidden: final hidden states of the tokens left ``[kept, d]``.
         kept: unreduced positions left after each reducer, ascending, text included.
         cache: keys and values; layers of one segment are of one length.
+        scores: by reducer, importance of the visual tokens that it chose from; with one image only.
     """
 
     plan: RequestPlan
     hidden: torch.Tensor
     kept: list[torch.Tensor]
     cache: DynamicCache
+    scores: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -136,7 +137,7 @@ class ReferenceModel:
         embeddings: torch.Tensor,
         spans: Sequence[ImageSpan],
         budget: int | None = None,
-        scores: torch.Tensor | None = None,
+        scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
         shared: SharedPrefix | None = None,
         ids: Sequence[int] | None = None,
     ) -> Prefill:
@@ -147,7 +148,7 @@ class ReferenceModel:
             spans: the images.
             budget: this request's retain budget.
             scores: importance of the image's tokens ``[visual tokens]`` in place of attention, for baselines such as
-                random selection; one image only.
+                random selection, or :attr:`Prefill.scores` of another question; one image only.
             shared: :meth:`share` of the same first tokens, under any profile with the same first reducer.
             ids: tokens of the prompt, for windows that end at the chat template's marker.
         """
@@ -170,6 +171,7 @@ class ReferenceModel:
             weights = image_query_weights(rule, embeddings, layout)
         hidden, positions = embeddings, torch.arange(tokens, device=embeddings.device)
         kept: list[torch.Tensor] = []
+        chosen_by: list[torch.Tensor] = []
         for index, layer in enumerate(self.decoder.layers):
             rotary = self.decoder.rotary_emb(hidden[None], positions[None])
             if shared is not None and index < len(shared.outputs):
@@ -184,14 +186,19 @@ class ReferenceModel:
             params = self.planner.profile.operator_params(reducer)
             scale = layer.self_attn.scaling
             step, instead = layout.steps[reducer], None
-            if scores is not None and step.groups:
+            if len(spans) == 1 and step.groups:
                 group = step.groups[0]
-                left = positions[group.first_visual : group.first_visual + group.total] - spans[0].start
-                instead = partial(_first, scores[left].unsqueeze(0))
+                given = None
+                if isinstance(scores, torch.Tensor):
+                    left = positions[group.first_visual : group.first_visual + group.total] - spans[0].start
+                    given = scores[left]
+                elif scores is not None:
+                    given = scores[len(chosen_by)]
+                instead = _Scores(given, chosen_by)
             hidden, source = reduce_tokens(out, query, key, step, weights, params, scale, instead)
             positions = positions[source]
             kept.append(positions)
-        return Prefill(plan, self.decoder.norm(hidden), kept, cache)
+        return Prefill(plan, self.decoder.norm(hidden), kept, cache, chosen_by)
 
     @torch.no_grad()
     def share(self, embeddings: torch.Tensor) -> SharedPrefix:
@@ -301,8 +308,17 @@ def embed_inputs(
     return embeddings, spans
 
 
-def _first(given: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    return given
+@dataclass(frozen=True)
+class _Scores:
+    """Keeps the scores ``[1, tokens]`` that one reducer works with: those given, else the attention's."""
+
+    given: torch.Tensor | None
+    used: list[torch.Tensor]
+
+    def __call__(self, measured: torch.Tensor) -> torch.Tensor:
+        scores = measured if self.given is None else self.given.unsqueeze(0)
+        self.used.append(scores[0])
+        return scores
 
 
 def rotated_queries_and_keys(

@@ -1,15 +1,48 @@
-"""Selections that are no method but a yardstick: random patches, and those of the objects.
+"""Other choices of an image's tokens than the one that the question's own attention makes; all else is the profile's.
 
-They give the scores of an image's visual tokens in place of attention; everything else is the profile's.
+``random`` and ``oracle`` are no methods but yardsticks: they give scores in place of attention. ``earlier`` scores by
+another question about the same image, as later turns of a chat find it under ``importance.window: "turn"``. ``image``
+lets the image's own last tokens ask. ``rounded`` removes whole KV blocks only, as a server does.
 """
 
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from eos_vllm.cluttervqa import Row
+from eos_vllm.core.profile import SCHEMA, Profile, parse_profile
 
 SELECTIONS = ("random", "oracle")
+EARLIER = "earlier"
+IMAGE = "image"
+ROUNDED = "rounded"
+# Tokens per KV block of vLLM's CPU build: the coarsest rounding that a server does by default.
+BLOCK = 32
+
+
+def asked_by_image(profile: Profile) -> Profile:
+    """The profile with ``importance.queries: "image"``: the choice does not depend on the question."""
+    data = profile.to_dict()
+    data["importance"] = {"queries": "image", "heads": profile.importance.heads}
+    label = f"{IMAGE}@{profile.name}"
+    return parse_profile(data | {"schema": SCHEMA, "name": label, "description": "", "provenance": {}}, label)
+
+
+def rows_before(rows: Sequence[Row]) -> list[int]:
+    """For each row the place of the row in front of it about the same images; of the first one, the last.
+
+    Every question is then asked once by tokens that another question chose, where its images have two or more.
+    """
+    places: dict[tuple[Path, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        places.setdefault(row.image_files, []).append(i)
+    before = list(range(len(rows)))
+    for group in places.values():
+        for i, earlier in zip(group, [group[-1], *group[:-1]], strict=True):
+            before[i] = earlier
+    return before
 
 
 def selection_scores(selection: str, row: Row, side: int, pixels: int, seed: int = 0) -> torch.Tensor:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eos_vllm.analysis.scaling import scale_layers
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import BudgetMeasure
-from eos_vllm.core.scaling import scale_layers
 
 Kind = Literal["gate", "discard", "gamma", "tau", "theta", "rho", "nu"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

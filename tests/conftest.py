@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from support.runner_v2 import allow_asynchronous_scheduling, is_wanted
+
+if is_wanted():
+    allow_asynchronous_scheduling()
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

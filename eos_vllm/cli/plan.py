@@ -4,10 +4,10 @@ import argparse
 import json
 
 from eos_vllm import profiles
+from eos_vllm.analysis.comparison import CostComparison, compare
+from eos_vllm.analysis.cost import DTYPE_BYTES
 from eos_vllm.cli.shape_model import PRESET_NAMES
 from eos_vllm.core.budget import parse_budget
-from eos_vllm.core.comparison import CostComparison, compare
-from eos_vllm.core.cost import DTYPE_BYTES
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.plan import Planner
 from eos_vllm.core.profile import Profile

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from eos_vllm import profiles
+from eos_vllm.analysis.scaling import rescale, scale_to_model
 from eos_vllm.core.budget import kept_counts, layer_average, parse_budget
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import Profile, read_profile
-from eos_vllm.core.scaling import rescale, scale_to_model
 
 _SOURCE = "a profile file, or a name of `profile list`"
 

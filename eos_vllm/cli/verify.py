@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from eos_vllm.core.equivalence import Check, batch_check, corner_checks, gaussian_tokens
+from eos_vllm.analysis.equivalence import Check, batch_check, corner_checks, gaussian_tokens
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.importance import complement, top_k
 

@@ -98,7 +98,7 @@ class BatchLayout:
     segment_lengths: np.ndarray
 
 
-_Slot = tuple[int, tuple[int, ...]]
+_Slot = int
 
 
 class _Upload:
@@ -107,24 +107,24 @@ class _Upload:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.arrays: list[np.ndarray] = []
-        self.size = 0
+        self.tensors: list[torch.Tensor] = []
 
     def add(self, values: np.ndarray | Sequence[int]) -> _Slot:
-        array = np.asarray(values, dtype=np.int64)
-        slot = (self.size, array.shape)
-        self.arrays.append(array.reshape(-1))
-        self.size += array.size
-        return slot
+        self.arrays.append(np.asarray(values, dtype=np.int64))
+        return len(self.arrays) - 1
 
     def send(self) -> None:
-        flat = torch.from_numpy(np.concatenate(self.arrays))
+        flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in self.arrays]))
         if self.device.type == "cuda":
             flat = flat.pin_memory()
-        self.flat = flat.to(self.device, non_blocking=True)
+        pieces = flat.to(self.device, non_blocking=True).split([array.size for array in self.arrays])
+        self.tensors = [
+            piece if array.ndim == 1 else piece.view(array.shape)
+            for piece, array in zip(pieces, self.arrays, strict=True)
+        ]
 
     def view(self, slot: _Slot) -> torch.Tensor:
-        start, shape = slot
-        return self.flat[start : start + int(np.prod(shape))].view(shape)
+        return self.tensors[slot]
 
 
 @dataclass(frozen=True)
@@ -135,19 +135,20 @@ class _Image:
     plan: RequestPlan
     index: int
 
-    def query_rows(self, segment: int, first_row: int, last_only: bool) -> np.ndarray:
-        """Rows of the queries in a segment; ``first_row`` is the row of the request's token 0."""
+    def query_runs(self, segment: int, first_row: int, last_only: bool) -> list[tuple[int, int]]:
+        """Runs of rows of the queries in a segment; ``first_row`` is the row of the request's token 0."""
         plan, i = self.plan, self.index
         if plan.image_queries:
             end = first_row + plan.segment_start(i, segment) + plan.kept[i][segment]
-            return np.arange(end - min(plan.image_queries, plan.kept[i][segment]), end)
+            return [(end - min(plan.image_queries, plan.kept[i][segment]), end)]
         runs = plan.query_runs(i)
         if not runs:  # no text follows: the window's last token asks
-            return np.array([first_row + plan.segment_length(segment, plan.windows[i]) - 1])
+            end = first_row + plan.segment_length(segment, plan.windows[i])
+            return [(end - 1, end)]
         if last_only:
             _, end, before = runs[-1]
             runs = ((end - 1, end, before),)
-        return np.concatenate([np.arange(a, b) - plan.lost[n][segment] for a, b, n in runs]) + first_row
+        return [(a - plan.lost[n][segment] + first_row, b - plan.lost[n][segment] + first_row) for a, b, n in runs]
 
 
 def build_layout(rows: Sequence[Row], num_segments: int, rule: QueryRule, device: torch.device) -> BatchLayout:
@@ -169,23 +170,27 @@ def build_layout(rows: Sequence[Row], num_segments: int, rule: QueryRule, device
     cached = np.tile(computed, (num_segments, 1))
     lengths = np.tile(np.array([row.num_tokens for row in rows]), (num_segments, 1))
     images: list[_Image] = []
+    # Few requests differ in what is gone of them: each kind is looked up, not each request.
+    kinds: dict[tuple[int, ...], int] = {(0,) * num_segments: 0}
+    gone = [0] * len(rows)
     for r, row in enumerate(rows):
         if (plan := row.plan) is None:
             continue
         if row.computed >= plan.images_end:  # a decode step, or text behind the images: nothing of it goes
-            cached[:, r] -= plan.removed
+            gone[r] = kinds.setdefault(plan.removed, len(kinds))
             continue
         for s in range(1, num_segments):
             cached[s, r] = plan.segment_length(s, row.computed)
             lengths[s, r] = plan.segment_length(s, row.computed + row.num_tokens) - cached[s, r]
         images.extend(_Image(r, plan, i) for i in plan.images_in(row.computed, row.computed + row.num_tokens))
+    cached -= np.array(list(kinds)).T[:, gone]
     starts = np.concatenate([np.zeros((num_segments, 1), np.int64), lengths.cumsum(axis=1)], axis=1)
     # Row of each request's token 0, were it in this step.
     origins = starts[:, :-1] - cached
     upload = _Upload(device)
-    queries = [image.query_rows(0, int(origins[0, image.request]), rule == "last_text") for image in images]
-    text = upload.add(_padded(queries, 0))
-    mask = upload.add(_padded([np.ones_like(q) for q in queries], 0))
+    queries, counts = _table([i.query_runs(0, int(origins[0, i.request]), rule == "last_text") for i in images])
+    text = upload.add(queries)
+    mask = upload.add(np.arange(queries.shape[1]) < counts[:, None])
     by_length: dict[int, list[int]] = {}
     for n, image in enumerate(images):
         by_length.setdefault(image.plan.spans[image.index].length, []).append(n)
@@ -212,11 +217,19 @@ def _first_visual(image: _Image, segment: int, origins: np.ndarray) -> int:
     return int(origins[segment, image.request]) + image.plan.segment_start(image.index, segment)
 
 
-def _padded(arrays: Sequence[np.ndarray], value: int) -> np.ndarray:
-    table = np.full((len(arrays), max(map(len, arrays))), value, np.int64)
-    for row, array in zip(table, arrays, strict=True):
-        row[: len(array)] = array
-    return table
+def _table(runs: Sequence[Sequence[tuple[int, int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of each image's runs, 0 behind them ``[images, most]``, and how many there are ``[images]``."""
+    counts = np.array([sum(end - start for start, end in own) for own in runs])
+    width = int(counts.max())
+    if all(len(own) == 1 for own in runs):
+        table = np.array([own[0][0] for own in runs])[:, None] + np.arange(width)
+        table[np.arange(width) >= counts[:, None]] = 0
+        return table, counts
+    table = np.zeros((len(runs), width), np.int64)
+    for row, own in zip(table, runs, strict=True):
+        rows = np.concatenate([np.arange(start, end) for start, end in own])
+        row[: len(rows)] = rows
+    return table, counts
 
 
 class _StepDraft:
@@ -253,8 +266,10 @@ class _StepDraft:
         for (total, keep), members in by_counts.items():
             group = [images[n] for n in members]
             requests = [image.request for image in group]
-            rows = [i.query_rows(segment, int(origins[segment, i.request]), rule == "last_text") for i in group]
-            visible = [row - origins[segment, r] + 1 for row, r in zip(rows, requests, strict=True)]
+            origin = origins[segment, requests]
+            firsts, last_only = origin.tolist(), rule == "last_text"
+            rows, counts = _table([i.query_runs(segment, n, last_only) for i, n in zip(group, firsts, strict=True)])
+            visible = np.where(np.arange(rows.shape[1]) < counts[:, None], rows - origin[:, None] + 1, 1)
             last = [int(i.plan.last_token_is_visual and i.index == len(i.plan.spans) - 1) for i in group]
             takes_over = any(r in places for r in requests)
             self.groups.append(
@@ -264,13 +279,13 @@ class _StepDraft:
                     int((cached + lengths)[segment, requests].max()),
                     [
                         upload.add(members),
-                        upload.add(origins[segment, requests]),
+                        upload.add(origin),
                         upload.add(cached[segment, requests]) if takes_over else None,
                         upload.add([places.get(r, 0) for r in requests]) if takes_over else None,
                         upload.add([_first_visual(i, segment, origins) for i in group]),
                         upload.add([_first_visual(i, after, origins) for i in group]),
-                        upload.add(_padded(rows, 0)),
-                        upload.add(_padded(visible, 1)),
+                        upload.add(rows),
+                        upload.add(visible),
                         upload.add(last) if any(last) else None,
                     ],
                 )

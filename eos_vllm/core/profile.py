@@ -224,3 +224,20 @@ def read_profile(path: str | Path) -> Profile:
     except OSError as e:
         raise ProfileError("profile", str(path), e.strerror or str(e), "give the path of a readable file") from None
     return parse_profile(data, str(path))
+
+
+def check_fits(profile: Profile, geometry: Any) -> None:
+    """Whether ``profile`` was made for a model of this architecture, depth and number of visual tokens.
+
+    Args:
+        profile: any profile.
+        geometry: what has the three attributes of :class:`ModelSpec`.
+
+    Raises:
+        ProfileError: architecture, depth or visual tokens differ.
+    """
+    for name in ("architecture", "num_decoder_layers", "visual_tokens"):
+        want, have = getattr(profile.model, name), getattr(geometry, name)
+        if want != have:
+            remedy = "give the model that it was made for, or adapt it with `eos-vllm profile scale`"
+            raise ProfileError(f"profile.model.{name}", want, f"the model has {have}", remedy)

@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from eos_vllm.serving.batch import BatchState
+from eos_vllm.serving.contract import ATTENTION_BACKENDS
 from eos_vllm.serving.kv_cache import SegmentSpec
 
 PADDING_SLOT = -1
@@ -52,6 +53,11 @@ def convert(layer: Attention, segment: int, batch: BatchState) -> None:
 @functools.cache
 def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]:
     """The backend of all segments over the one that vLLM chose for the platform."""
+    if (name := underlying.get_name()) not in ATTENTION_BACKENDS:
+        raise RuntimeError(
+            f"eos: attention backend {name} is none that segments were written for; choose one of "
+            f"{', '.join(ATTENTION_BACKENDS)} with --attention-backend, or leave out --eos-profile"
+        )
     underlying_builder: Any = underlying.get_builder_cls()
     underlying_impl: Any = underlying.get_impl_cls()
     is_cpu = underlying.get_name() == "CPU_ATTN"
@@ -74,22 +80,35 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
             layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             self.eos_layers = list(layer_names)
+            self.eos_step = 0
             self.eos_segment: int = layer.eos_segment
             self.eos_batch: BatchState = layer.eos_batch
+            if name == "FLASHINFER":
+                _share_workspace(self, self.eos_batch)
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
             self.eos_slots = torch.full((tokens,), PADDING_SLOT, dtype=torch.int64, device=device)
 
         def build(
             self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
         ) -> Any:
+            if self.eos_step == self.eos_batch.step:
+                raise RuntimeError(
+                    "eos: attention metadata is built again without a new step being announced: vLLM's model runner "
+                    "does not call what the reduction hooks, and lengths of an earlier step would be used"
+                )
+            self.eos_step = self.eos_batch.step
+            if self.eos_batch.built is not None:
+                return self.update_block_table(self.eos_batch.built, common_attn_metadata.block_table_tensor, None)
             common = copy.copy(self.eos_batch.geometry(self.eos_segment, common_attn_metadata).metadata)
             common.block_table_tensor = common_attn_metadata.block_table_tensor
             common.slot_mapping = slots = self.eos_slot_mapping(common.block_table_tensor)
             metadata = super().build(common_prefix_len, common, *args, **kwargs)
             metadata.slot_mapping = slots
+            if self.eos_batch.uniform:
+                self.eos_batch.built = metadata
             return metadata
 
-        def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+        def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor | None) -> Any:
             """For further KV groups of a segment; vLLM's slot mapping knows nothing of it, so ours replaces it."""
             shared = copy.copy(metadata)
             shared.block_table, shared.slot_mapping = blk_table, self.eos_slot_mapping(blk_table)
@@ -140,6 +159,13 @@ def segment_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend
             "forward_includes_kv_cache_update": True,
         },
     )
+
+
+def _share_workspace(builder: Any, batch: BatchState) -> None:
+    """One FlashInfer workspace for all builders, as vLLM's V2 runner has it: some 400 MiB each, behind KV sizing."""
+    if batch.workspace is None:
+        batch.workspace = builder._get_workspace_buffer()
+    builder.set_workspace_buffer(batch.workspace)
 
 
 def builds_for_segments(layer: Attention) -> bool:

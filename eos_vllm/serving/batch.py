@@ -3,19 +3,24 @@
 One integer per request and segment, the tokens that are gone, turns vLLM's metadata into the segment's. A decode step
 costs one subtraction per segment; the integers are sent to the device only when the batch changes. What depends on the
 segment alone is computed once per step, however many KV groups the segment was cut into.
+
+Every step is proved as it goes: metadata of a step that was not announced, metadata that is built twice or for other
+lengths, and images whose reducing pass did not run end the engine. Answers would be wrong, and look fine.
 """
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from eos_vllm.core.layout import Row
+from eos_vllm.core.layout import BatchLayout, Row, build_layout
 from eos_vllm.core.plan import RequestPlan
+from eos_vllm.core.profile import Profile
 
 
 class BatchRow(NamedTuple):
@@ -70,37 +75,92 @@ class SegmentGeometry:
 class BatchState:
     """Shared by runner hook, metadata builders and model of one worker; lives as long as the model."""
 
-    def __init__(self, num_segments: int, max_requests: int, device: torch.device) -> None:
-        self.num_segments = num_segments
+    _removed_device: torch.Tensor
+    _seq_lens: torch.Tensor
+    _arange: torch.Tensor
+
+    def __init__(self, profile: Profile, max_requests: int, device: torch.device) -> None:
+        self.profile = profile
+        self.num_segments = profile.num_segments
+        self.max_requests = max_requests
         self.device = device
         self.rows: list[Row] = []
+        self.layout: BatchLayout | None = None
         self.prefills_images = False
         self.is_real = False
-        self._removed = np.zeros((num_segments, max_requests), np.int32)
-        self._query_removed = np.zeros((num_segments, max_requests), np.int32)
-        self._plans: list[RequestPlan | None] = []
+        self.step = 0
+        self._tokens = 0
+        self._reduction_due = False
+        self._removed = np.zeros((self.num_segments, max_requests), np.int32)
+        self._query_removed = np.zeros((self.num_segments, max_requests), np.int32)
+        self._images_end = np.zeros(max_requests, np.int64)
+        self._requests: list[Any] = []
         self._settled = False
         self.block_tables: dict[str, torch.Tensor] = {}  # of this step, by layer name
-        # Persistent, for captured graphs read them by address.
-        self._removed_device = torch.zeros((num_segments, max_requests), dtype=torch.int32, device=device)
-        self._seq_lens = torch.zeros((num_segments, max_requests), dtype=torch.int32, device=device)
-        self._arange = torch.arange(max_requests, dtype=torch.int64, device=device)
         self._geometry: dict[int, SegmentGeometry] = {}
+        # Nothing is gone in any segment, and no graph reads buffers by address: all segments share what is built.
+        self.uniform = False
+        self.built: Any = None  # metadata of such a step
+        self.workspace: torch.Tensor | None = None  # of FlashInfer's builders
 
-    def begin(self, rows: Sequence[BatchRow] | None) -> None:
+    def allocate(self) -> None:
+        """Makes the tensors that captured graphs read by address.
+
+        Called where the KV cache is made, not with the model: what is made with the model is taken for weights, and
+        lost when the engine sleeps at level 2.
+        """
+        shape = (self.num_segments, self.max_requests)
+        self._removed_device = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._seq_lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._arange = torch.arange(self.max_requests, dtype=torch.int64, device=self.device)
+        self._settled = False
+
+    def goes_on(self, requests: Sequence[Any], computed: np.ndarray, tokens: int) -> bool:
+        """Whether a step holds the very requests of the last one, their images behind them; then it has begun.
+
+        Args:
+            requests: an object for each row, the same one as long as the request lives.
+            computed: tokens of each row computed before.
+            tokens: of the step.
+        """
+        count = len(requests)
+        if (
+            not self._settled
+            or count != len(self._requests)
+            or not all(map(operator.is_, requests, self._requests))
+            or (computed[:count] < self._images_end[:count]).any()
+        ):
+            return False
+        self._next_step(tokens, is_real=True)
+        return True
+
+    def _next_step(self, tokens: int, is_real: bool) -> None:
+        if self._reduction_due:
+            raise RuntimeError(
+                "eos: the last step prefilled images, but their reduction did not run: something replayed or replaced "
+                "the model's forward pass. Its answers would be wrong"
+            )
+        self.step += 1
+        self._geometry.clear()
+        self.built = None
+        self._tokens, self.is_real = tokens, is_real
+
+    def begin(self, rows: Sequence[BatchRow] | None, requests: Sequence[Any] = ()) -> None:
         """Takes over the rows of a step before any metadata is built; None for vLLM's dummy runs.
 
+        Args:
+            rows: of the step.
+            requests: as in :meth:`goes_on`, where the next step may be asked so.
+
         Raises:
+            RuntimeError: the reduction of the last step did not run.
             ValueError: an image comes without its window, which the scheduler must never let happen.
         """
-        self._geometry.clear()
-        self.is_real = rows is not None
+        self._next_step(sum(row.scheduled for row in rows or ()), rows is not None)
         rows = rows or ()
-        plans = [row.plan for row in rows]
-        settled = all(row.plan is None or row.computed >= row.plan.images_end for row in rows)
-        if settled and self._settled and plans == self._plans:
-            return
-        self._plans, self._settled = plans, settled
+        self._requests = list(requests)
+        self._settled = bool(requests) and all(r.plan is None or r.computed >= r.plan.images_end for r in rows)
+        self._images_end[: len(rows)] = [0 if r.plan is None else r.plan.images_end for r in rows]
         self._removed[:] = 0
         self._query_removed[:] = 0
         self.prefills_images = False
@@ -117,18 +177,38 @@ class BatchState:
             self._removed[:, i] = after
             self._query_removed[:, i] = np.subtract(after, before)
             self.prefills_images |= bool(row.plan.images_in(row.computed, end))
-        self.rows = [Row(r.scheduled, r.plan, r.computed) for r in rows] if self.prefills_images else []
+        self.take_images(rows if self.prefills_images else ())
+        self.uniform = self.device.type == "cpu" and not self._removed.any() and not self.prefills_images
         self._removed_device.copy_(_to_device(self._removed, self.device))
+
+    def take_images(self, rows: Sequence[BatchRow]) -> None:
+        """Lays out the rows of a step that prefills images for the reducing pass; none for other steps."""
+        self.rows = [Row(row.scheduled, row.plan, row.computed) for row in rows]
+        self.layout = None
+        if rows:
+            self.layout = build_layout(self.rows, self.num_segments, self.profile.importance.queries, self.device)
 
     def geometry(self, segment: int, common: CommonAttentionMetadata) -> SegmentGeometry:
         """The segment's view of vLLM's metadata; computed once per step and segment, whatever its KV groups."""
+        segment = 0 if self.uniform else segment
         if (known := self._geometry.get(segment)) is None:
+            if not self._geometry:
+                self._check(common)
             known = self._geometry[segment] = self._build(segment, common)
         return known
 
+    def _check(self, common: CommonAttentionMetadata) -> None:
+        if self.is_real and (built := int(common.query_start_loc_cpu[-1])) != self._tokens:
+            raise RuntimeError(f"eos: metadata is built for {built} tokens, {self._tokens} were announced for the step")
+        self._reduction_due = self.is_real and self.prefills_images
+
+    def reduction_ran(self) -> None:
+        """The model's reducing pass has run for the step at hand."""
+        self._reduction_due = False
+
     def geometry_of(self, segment: int) -> SegmentGeometry:
         """What :meth:`geometry` built earlier in this step."""
-        return self._geometry[segment]
+        return self._geometry[0 if self.uniform else segment]
 
     def _build(self, segment: int, common: CommonAttentionMetadata) -> SegmentGeometry:
         n = common.num_reqs

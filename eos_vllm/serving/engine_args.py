@@ -26,11 +26,16 @@ _READ_CACHED_KEYS = ("enable_prefix_caching", "enable_chunked_prefill")
 # Where the number of tokens per step is left to us, it grows to the model's context, up to here.
 _LONGEST_STEP = 8192
 
+
+def _drafts_with_a_model(speculation: Any) -> bool:
+    method = speculation.get("method") if isinstance(speculation, dict) else getattr(speculation, "method", None)
+    return speculation is not None and method != "ngram"
+
+
 # Engine argument, test that it was asked for, why not. Off by default or switched off by prepare().
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("speculative_config", lambda v: v is not None, "draft and target would see different tokens"),
-    ("spec_method", lambda v: v is not None, "draft and target would see different tokens"),
-    ("pipeline_parallel_size", lambda v: v > 1, "stages would have to pass on reduced batches"),
+    ("speculative_config", _drafts_with_a_model, "a draft model's layers are in no segment; ngram works"),
+    ("spec_method", lambda v: v not in (None, "ngram"), "a draft model's layers are in no segment; ngram works"),
     ("decode_context_parallel_size", lambda v: v > 1, "it shards a KV cache that is thought to be of one length"),
     ("prefill_context_parallel_size", lambda v: v > 1, "it splits a prompt over ranks"),
     ("kv_transfer_config", lambda v: v is not None, "connectors think of one KV length for all layers"),
@@ -38,12 +43,10 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("kv_sharing_fast_prefill", lambda v: v is True, "it skips the layers whose queries score the tokens"),
     ("long_prefill_token_threshold", lambda v: v > 0, "it would cut images from the text that scores them"),
     ("kv_events_config", lambda v: v is not None, "blocks of reduced prompts stand for no range of tokens"),
-    ("enable_lora", lambda v: v is True, "adapters are mapped to unreduced tokens"),
     ("enable_dbo", lambda v: v is True, "it splits a batch by unreduced tokens"),
     ("disable_hybrid_kv_cache_manager", lambda v: v is True, "each segment needs a KV group of its own"),
     ("scheduler_cls", lambda v: v is not None and "eos_vllm" not in str(v), "the reduction needs its own scheduler"),
     ("worker_extension_cls", lambda v: v not in ("", WORKER_EXTENSION), "the reduction needs its own extension"),
-    ("runner", lambda v: v == "pooling", "pooling reads tokens that are gone"),
 )
 
 
@@ -181,7 +184,6 @@ def prepare(engine_args: Any) -> None:
     Raises:
         SettingError: an incompatible setting was asked for explicitly.
     """
-    from vllm.logger import init_logger
 
     for name, asked, why in _REFUSED:
         value = getattr(engine_args, name, None)
@@ -193,10 +195,6 @@ def prepare(engine_args: Any) -> None:
         engine_args.block_size = _smallest_block()
     engine_args.model_class_overrides = {**engine_args.model_class_overrides, ARCHITECTURE: MODEL_CLASS}
     engine_args.worker_extension_cls = WORKER_EXTENSION
-    logger = init_logger("vllm.eos")
-    if "VLLM_USE_V2_MODEL_RUNNER" not in os.environ:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        logger.info("eos: using the V1 model runner; VLLM_USE_V2_MODEL_RUNNER=1 tries V2, which is not proven yet")
 
 
 def _turn_off(engine_args: Any, asked: list[str], why: str) -> None:
@@ -228,14 +226,30 @@ def finish(vllm_config: Any) -> None:
         ProfileError: the profile was made for another model.
         SettingError: the model is none that can be served with a profile.
     """
-    from vllm.config import CUDAGraphMode
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+    from vllm.config import CompilationMode, CUDAGraphMode
 
+    from eos_vllm.serving.contract import check_contract
     from eos_vllm.serving.metrics import install_stat_logger
     from eos_vllm.serving.request_checks import install_request_checks
 
     planner = planner_of(vllm_config)
     assert planner is not None
+    check_contract("front end")
     check_model(planner.profile, vllm_config.model_config)
+    if (runner := vllm_config.model_config.runner_type) != "generate":
+        raise SettingError("runner", runner, "pooling reads tokens that are gone", "serve the model to generate")
+    if is_breakable_cudagraph_enabled():
+        problem = "the graph of a whole step would replay the unreduced forward pass"
+        raise SettingError("VLLM_USE_BREAKABLE_CUDAGRAPH", 1, problem, "unset it, and VLLM_BATCH_INVARIANT")
+    if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        problem = "the whole forward pass would be compiled, without its reduction"
+        raise SettingError("compilation-config.mode", 1, problem, "leave it out, or give 3 (VLLM_COMPILE)")
+    if vllm_config.ec_manager_config.get_encoder_cache_manager_obj() is not None:
+        problem = "the scheduler knows vLLM's own encoder cache manager only"
+        raise SettingError("ec-manager-config", "set", problem, "leave it out")
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise SettingError("VLLM_USE_RUST_FRONTEND", 1, "it does not check requests", "unset it")
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = _SCHEDULERS[bool(scheduler.async_scheduling)]
     compilation = vllm_config.compilation_config
@@ -243,7 +257,7 @@ def finish(vllm_config: Any) -> None:
         # A full graph of a mixed batch would replay the unreduced forward pass.
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
     forget_model_classes()
-    install_request_checks(planner)
+    install_request_checks()
     install_stat_logger()
 
 
@@ -261,7 +275,7 @@ def forget_model_classes() -> None:
 
 def check_model(profile: Profile, model_config: Any) -> None:
     """Whether ``profile`` fits the model; errors as in :func:`finish`."""
-    from eos_vllm.core.comparison import check_fits
+    from eos_vllm.core.profile import check_fits
     from eos_vllm.models.geometry import geometry
 
     architectures = list(model_config.architectures or [])

@@ -22,6 +22,11 @@ class SegmentSpec(FullAttentionSpec):
 
     segment: int
 
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """No: segments compute their own slots, and the V2 runner then fills its own with padding."""
+        return False
+
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """Joins equal specs; others raise AssertionError, which is how vLLM learns that they must stay apart."""
@@ -41,7 +46,7 @@ class SegmentManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.plans: dict[str, RequestPlan] = {}
+        self.plans: dict[str, RequestPlan] | None = None  # set by whoever plans
         self.keys: dict[str, RequestKeys] = {}
         self._fresh_marks: dict[str, list[tuple[KVCacheBlock, Any]]] = {}
         self._marked: dict[str, set[int]] = {}
@@ -49,6 +54,8 @@ class SegmentManager(FullAttentionManager):
 
     def tokens_of(self, request_id: str, num_tokens: int) -> int:
         """Tokens that this segment caches of the first ``num_tokens`` tokens of a request."""
+        if self.plans is None:
+            raise RuntimeError("eos: the scheduler plans nothing: something replaced scheduler_cls")
         plan = self.plans.get(request_id)
         return num_tokens if plan is None else plan.segment_length(self.kv_cache_spec.segment, num_tokens)
 

@@ -2,18 +2,18 @@
 
 vLLM sends ``SchedulerStats`` to the front end and lets plugins add stat loggers there, but has no field for their
 figures. Ours travel in ``num_kv_fetch_reqs_by_stage``, a mapping of names to whole numbers of which vLLM reads only its
-own names; the logger takes them out again before vLLM's own loggers see them. Can go when stats carry plugin fields.
+own names; they are taken out again before vLLM's own loggers see them. Can go when stats carry plugin fields.
 """
 
+import functools
 import time
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge
 from vllm import envs
 from vllm.logger import init_logger
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from eos_vllm.core.plan import RequestPlan
+from eos_vllm.core.plan import Planner, RequestPlan
 from eos_vllm.serving.options import planner_of
 
 if TYPE_CHECKING:
@@ -31,6 +31,15 @@ class Counters:
         self.images = 0
         self.tokens_in = [0] * reducers
         self.tokens_kept = [0] * reducers
+        self._taken: dict[str, int] = {}
+
+    def take_increments(self) -> dict[str, int]:
+        """What was added since the last call, under the names of :func:`pack_stats`."""
+        now = {"images": self.images}
+        for i, (tokens_in, kept) in enumerate(zip(self.tokens_in, self.tokens_kept, strict=True)):
+            now[f"in/{i}"], now[f"kept/{i}"] = tokens_in, kept
+        taken, self._taken = self._taken, now
+        return {key: value - taken.get(key, 0) for key, value in now.items()}
 
     def count(self, plan: RequestPlan, images: range) -> None:
         """Adds those images of a request that a step reduces."""
@@ -50,12 +59,13 @@ class Counters:
 
 
 def pack_stats(stats: "SchedulerStats", counters: Counters, blocks_held: list[int]) -> None:
-    """Puts our figures on board of ``stats``."""
+    """Puts on board of ``stats`` what was counted since the last time, and the blocks held now.
+
+    Increments, not totals: with several API servers each gets the stats of some steps only.
+    """
     cargo = stats.num_kv_fetch_reqs_by_stage
-    cargo[f"{PREFIX}images"] = counters.images
-    for i, (tokens_in, kept) in enumerate(zip(counters.tokens_in, counters.tokens_kept, strict=True)):
-        cargo[f"{PREFIX}in/{i}"] = tokens_in
-        cargo[f"{PREFIX}kept/{i}"] = kept
+    for key, value in counters.take_increments().items():
+        cargo[f"{PREFIX}{key}"] = value
     for i, blocks in enumerate(blocks_held):
         cargo[f"{PREFIX}blocks/{i}"] = blocks
 
@@ -66,85 +76,94 @@ def unpack_stats(stats: "SchedulerStats") -> dict[str, int]:
     return {key.removeprefix(PREFIX): cargo.pop(key) for key in [k for k in cargo if k.startswith(PREFIX)]}
 
 
-class EosStatLogger(AggregateStatLoggerBase):
-    """``eos_*`` metrics and a log line an interval, in the front end of an engine with a profile."""
+class EosStats:
+    """``eos_*`` metrics and a log line an interval, in a front end of an engine with a profile."""
 
-    def __init__(self, vllm_config: "VllmConfig", engine_indexes: list[int]) -> None:
-        self.planner = planner_of(vllm_config)
-        self.last: dict[int, dict[str, int]] = {}
-        self.logged: dict[int, dict[str, int]] = {}
-        self.last_log = time.monotonic()
-        if self.planner is not None:
-            _metrics()
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self.since_log: dict[int, dict[str, int]] = {}
+        _metrics()
 
-    def record(
-        self,
-        scheduler_stats: "SchedulerStats | None",
-        iteration_stats: Any,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
-    ) -> None:
-        """Takes over the figures of one engine step."""
-        if self.planner is None or scheduler_stats is None:
-            return
-        figures = unpack_stats(scheduler_stats)
+    def record(self, stats: "SchedulerStats", engine: int) -> None:
+        """Takes the figures of one engine step out of its stats."""
+        figures = unpack_stats(stats)
         if not figures:
             return
-        before = self.last.get(engine_idx, {})
-        self.last[engine_idx] = figures
+        since = self.since_log.setdefault(engine, {})
         metrics = _metrics()
         for key, value in figures.items():
             name, _, index = key.partition("/")
-            metric = metrics[name]
-            labels = [str(engine_idx)] + ([self._label(name, int(index))] if index else [])
+            labels = [str(engine)] + ([self._label(name, int(index))] if index else [])
             if name == "blocks":
-                metric.labels(*labels).set(value)
-            elif value > before.get(key, 0):
-                metric.labels(*labels).inc(value - before.get(key, 0))
+                since[key] = value
+                metrics[name].labels(*labels).set(value)
+            else:
+                since[key] = since.get(key, 0) + value
+                if value:
+                    metrics[name].labels(*labels).inc(value)
 
     def _label(self, name: str, index: int) -> str:
-        assert self.planner is not None
         return str(index) if name == "blocks" else str(self.planner.profile.layers[index])
 
     def log(self) -> None:
-        """One line for each engine that reduced images since the last."""
-        for engine, figures in self.last.items():
-            since = self.logged.get(engine, {})
-            images = figures["images"] - since.get("images", 0)
+        """One line for each engine that reduced images since the last, or that holds blocks."""
+        for engine, figures in self.since_log.items():
             blocks = [value for key, value in figures.items() if key.startswith("blocks/")]  # packed in order
-            if images or any(blocks):
-                new = {key: value - since.get(key, 0) for key, value in figures.items()}
-                steps = [f"{new[f'in/{i}']}->{new[f'kept/{i}']}" for i in range(len(blocks) - 1)]
+            if figures.get("images") or any(blocks):
+                steps = [f"{figures[f'in/{i}']}->{figures[f'kept/{i}']}" for i in range(len(blocks) - 1)]
                 logger.info(
                     "eos: engine %03d: %d images; visual tokens in->kept per reducer %s; KV blocks held per segment %s",
                     engine,
-                    images,
+                    figures["images"],
                     ", ".join(steps),
                     blocks,
                 )
-            self.logged[engine] = dict(figures)
-
-    def log_engine_initialized(self) -> None:
-        """Nothing: the scheduler says it all at start."""
+            for key in figures:
+                if not key.startswith("blocks/"):
+                    figures[key] = 0
 
 
 def install_stat_logger() -> None:
-    """Adds :class:`EosStatLogger` to the loggers of this process' engines.
+    """Takes our figures out of the stats in front of vLLM's own loggers, wherever an engine with a profile has any.
 
-    Why a wrap and no ``vllm.stat_logger_plugins`` entry point: one of those turns statistics on in every server of the
-    environment, with a profile or without, whatever ``--disable-log-stats`` says. Can go when vLLM asks loggers first.
+    Symptom without it: vLLM's log names our figures as requests that wait for KV. Cause: vLLM's hook for stat loggers
+    (``vllm.stat_logger_plugins``) turns statistics on in servers that were told to have none, and offline engines never
+    ask it. Why safe: an engine without a profile is passed through. Can go when stats carry plugin fields.
     """
-    from vllm.v1.engine import async_llm
+    from vllm.v1.metrics.loggers import StatLoggerManager
 
-    load = async_llm.load_stat_logger_plugin_factories
-    if getattr(load, "eos_installed", False):
+    if getattr(StatLoggerManager, "eos_installed", False):
         return
+    StatLoggerManager.eos_installed = True  # type: ignore[attr-defined]
+    make, record, log = StatLoggerManager.__init__, StatLoggerManager.record, StatLoggerManager.log
 
-    def with_ours() -> list[Any]:
-        return [*load(), EosStatLogger]
+    @functools.wraps(make)
+    def with_ours(self: Any, vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> None:
+        planner = planner_of(vllm_config)
+        self.eos_stats = None if planner is None else EosStats(planner)
+        make(self, vllm_config, *args, **kwargs)
 
-    with_ours.eos_installed = True  # type: ignore[attr-defined]
-    async_llm.load_stat_logger_plugin_factories = with_ours
+    @functools.wraps(record)
+    def record_ours(
+        self: Any,
+        scheduler_stats: "SchedulerStats | None",
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int | None = None,
+    ) -> None:
+        if self.eos_stats is not None and scheduler_stats is not None:
+            self.eos_stats.record(scheduler_stats, engine_idx or 0)
+        record(self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
+
+    @functools.wraps(log)
+    def log_ours(self: Any) -> None:
+        if self.eos_stats is not None:
+            self.eos_stats.log()
+        log(self)
+
+    StatLoggerManager.__init__ = with_ours  # type: ignore[method-assign]
+    StatLoggerManager.record = record_ours  # type: ignore[method-assign]
+    StatLoggerManager.log = log_ours  # type: ignore[method-assign]
 
 
 _REGISTERED: dict[str, Any] = {}

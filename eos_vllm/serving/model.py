@@ -10,21 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.sequence import IntermediateTensors
 
-from eos_vllm.core.layout import build_layout
+from eos_vllm.core.layout import ReducerStep
 from eos_vllm.core.plan import Planner
 from eos_vllm.core.reduction import image_query_weights, reduce_tokens
 from eos_vllm.serving.attention import convert
 from eos_vllm.serving.batch import BatchState
 from eos_vllm.serving.cached_keys import read_keys
+from eos_vllm.serving.contract import check_contract
+from eos_vllm.serving.lora_rows import LoraRows
 from eos_vllm.serving.metrics import Counters, WorkerLog
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.runner_v1 import hook_v1_runner
+from eos_vllm.serving.stages import EMBEDDINGS, ORIGIN, extend_intermediate_tensors, fill, pack
+from eos_vllm.serving.stretches import Stretch, stretches, vllm_compiles
 
 
 class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -36,6 +45,8 @@ class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.eos = None if planner is None else Reduction(planner, self.language_model.model, vllm_config)
         if self.eos is not None:
             hook_v1_runner()
+            if self.eos.stages > 1:
+                extend_intermediate_tensors(self, self.eos.sends_embeddings)
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -54,25 +65,38 @@ class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> torch.Tensor | IntermediateTensors:
         """As vLLM's; hidden states of discarded tokens are zero, and no one reads them."""
         if self.eos is None or not self.eos.is_needed():
-            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        if inputs_embeds is None:
+            out = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            if self.eos is not None and isinstance(out, IntermediateTensors):
+                return fill(out, self.eos.sends_embeddings)
+            return out
+        if intermediate_tensors is None and inputs_embeds is None:
             raise RuntimeError("a step that prefills images came without inputs_embeds")
-        return self.eos.forward(positions, inputs_embeds)
+        return self.eos.forward(positions, inputs_embeds, intermediate_tensors)
 
 
 class Reduction:
-    """What a profile adds to a model: converted attention layers, the batch at hand, and the reducing forward pass."""
+    """What a profile adds to a model: converted attention layers, the batch at hand, and the reducing forward pass.
+
+    With pipeline stages it is that of the stage's own layers.
+    """
 
     def __init__(self, planner: Planner, decoder: Any, vllm_config: VllmConfig) -> None:
+        check_contract("worker")
         self.planner = planner
         self.profile = planner.profile
         self.decoder = decoder
         self.device = torch.device(vllm_config.device_config.device_type)
-        self.batch = BatchState(self.profile.num_segments, vllm_config.scheduler_config.max_num_seqs, self.device)
-        self.attention = [attention_of(layer) for layer in decoder.layers]
-        for index, layer in enumerate(self.attention):
+        self.batch = BatchState(self.profile, vllm_config.scheduler_config.max_num_seqs, self.device)
+        self.stages = get_pp_group().world_size
+        self.is_last_stage = get_pp_group().is_last_rank
+        self.sends_embeddings = self.profile.importance.queries == "relevant_text"
+        self.layers = range(decoder.start_layer, decoder.end_layer)
+        self.attention = {i: attention_of(decoder.layers[i]) for i in self.layers}
+        for index, layer in self.attention.items():
             convert(layer, self.profile.segment_of_layer(index), self.batch)
         self.reducer_after = {layer: i for i, layer in enumerate(self.profile.layers)}
+        compiled = vllm_compiles(vllm_config.compilation_config)
+        self.parts = list(stretches(decoder.layers, self.layers, self.profile.layers, compiled))
         self.join_scores = _mean_over_ranks if get_tensor_model_parallel_world_size() > 1 else None
         self.counters = Counters(len(self.profile.reducers))
         self.log = WorkerLog(self.profile.layers)
@@ -81,55 +105,83 @@ class Reduction:
         """Whether this step prefills an image that is reduced; never in vLLM's dummy runs."""
         return self.batch.prefills_images and get_forward_context().attn_metadata is not None
 
-    def forward(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Runs the decoder layers, with a reducer after each active one.
+    def forward(
+        self,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        received: IntermediateTensors | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Runs the stage's decoder layers, with a reducer after each active one.
 
         Args:
             positions: rotary positions ``[padded tokens]``.
-            inputs_embeds: ``[padded tokens, d]``.
+            inputs_embeds: ``[padded tokens, d]``; None behind the first stage.
+            received: of the stage before (:mod:`eos_vllm.serving.stages`).
 
         Returns:
-            Final hidden states in the rows of the unreduced batch ``[padded tokens, d]``, zero where discarded.
+            Final hidden states in the rows of the unreduced batch ``[padded tokens, d]``, zero where discarded; before
+            the last stage what it passes on.
         """
-        profile, rows = self.profile, self.batch.rows
-        tokens = sum(row.num_tokens for row in rows)
-        layout = build_layout(rows, profile.num_segments, profile.importance.queries, inputs_embeds.device)
-        hidden, residual = inputs_embeds[:tokens], None
-        weights = image_query_weights(profile.importance.queries, hidden, layout)
-        positions = positions[:tokens]
+        profile, layout, padded = self.profile, self.batch.layout, positions.shape[0]
+        assert layout is not None
+        tokens = sum(row.num_tokens for row in self.batch.rows)
         origin: torch.Tensor | None = None
-        for index, layer in enumerate(self.decoder.layers):
-            reducer = self.reducer_after.get(index)
-            if reducer is None:
-                hidden, residual = layer(positions, hidden, residual)
+        residual: torch.Tensor | None = None
+        if received is None:
+            assert inputs_embeds is not None
+            hidden = embeddings = inputs_embeds[:tokens]
+            positions = positions[:tokens]
+        else:
+            left = int(layout.segment_lengths[profile.segment_of_layer(self.layers.start)].sum())
+            hidden, residual, origin = (received[name][:left] for name in ("hidden_states", "residual", ORIGIN))
+            embeddings = received[EMBEDDINGS][:tokens] if self.sends_embeddings else hidden
+            positions = positions.index_select(0, origin)
+        weights = image_query_weights(profile.importance.queries, embeddings, layout)
+        adapters = LoraRows.of(self.decoder, tokens)
+        if adapters is not None and origin is not None:
+            adapters.follow(origin)
+        for part in self.parts:
+            if isinstance(part, Stretch):
+                hidden, residual = part(positions, hidden, residual)
                 continue
-            with queries_and_keys(self.attention[index]) as seen:
-                hidden, residual = layer(positions, hidden, residual)
-            step, before = layout.steps[reducer], hidden + residual
-            key, attention = seen["key"], self.attention[index]
-            if step.cached:
-                table = self.batch.block_tables[attention.layer_name]
-                key = torch.cat([key, *read_keys(attention, table, step.cached)])
-            hidden, source = reduce_tokens(
-                before,
-                seen["query"],
-                key,
-                step,
-                weights,
-                profile.operator_params(reducer),
-                attention.impl.scale,
-                self.join_scores,
-            )
-            # What went in is the plan's; what is gone is counted on the tensors, so that the count proves something.
-            self.counters.count_tokens(reducer, step.tokens_in, step.tokens_in - len(before) + len(hidden))
+            reducer = self.reducer_after[part]
+            with queries_and_keys(self.attention[part]) as seen:
+                hidden, residual = self.decoder.layers[part](positions, hidden, residual)
+            hidden, source = self._reduce(part, reducer, hidden + residual, seen, layout.steps[reducer], weights)
             residual = None
             positions = positions.index_select(0, source)
             origin = source if origin is None else origin.index_select(0, source)
+            if adapters is not None:
+                adapters.follow(source)
+        if adapters is not None:
+            adapters.restore()
+        self.batch.reduction_ran()
+        if not self.is_last_stage:
+            return pack(hidden, residual, origin, embeddings if self.sends_embeddings else None, padded)
         hidden, _ = self.decoder.norm(hidden, residual)
         self.counters.images += layout.num_images
         self.log.maybe(self.counters)
         assert origin is not None
-        return hidden.new_zeros(inputs_embeds.shape[0], hidden.shape[1]).index_copy_(0, origin, hidden)
+        return hidden.new_zeros(padded, hidden.shape[1]).index_copy_(0, origin, hidden)
+
+    def _reduce(
+        self,
+        index: int,
+        reducer: int,
+        before: torch.Tensor,
+        seen: dict[str, torch.Tensor],
+        step: ReducerStep,
+        weights: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        key, attention = seen["key"], self.attention[index]
+        if step.cached:
+            table = self.batch.block_tables[attention.layer_name]
+            key = torch.cat([key, *read_keys(attention, table, step.cached)])
+        params, scale = self.profile.operator_params(reducer), attention.impl.scale
+        hidden, source = reduce_tokens(before, seen["query"], key, step, weights, params, scale, self.join_scores)
+        # What went in is the plan's; what is gone is counted on the tensors, so that the count proves something.
+        self.counters.count_tokens(reducer, step.tokens_in, step.tokens_in - len(before) + len(hidden))
+        return hidden, source
 
 
 def attention_of(layer: nn.Module) -> Attention:
@@ -161,5 +213,6 @@ def queries_and_keys(attention: Attention) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _mean_over_ranks(scores: torch.Tensor) -> torch.Tensor:
-    """Each tensor-parallel rank scored with its own heads; all must keep the same tokens."""
-    return tensor_model_parallel_all_reduce(scores) / get_tensor_model_parallel_world_size()
+    """Each tensor-parallel rank scored with its own heads; all keep what the first one's mean says, to the last bit."""
+    mean = tensor_model_parallel_all_reduce(scores) / get_tensor_model_parallel_world_size()
+    return get_tp_group().broadcast(mean, src=0)

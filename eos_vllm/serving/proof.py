@@ -31,13 +31,13 @@ def prove_worker(reduction: Any, kv_cache_config: KVCacheConfig, max_model_len: 
         RuntimeError: it is not so; vLLM then ends the worker, and the server with it.
     """
     profile = reduction.profile
-    names = {layer.layer_name: i for i, layer in enumerate(reduction.attention)}
-    if len(names) != profile.model.num_decoder_layers:
+    names = {layer.layer_name: i for i, layer in reduction.attention.items()}
+    if reduction.stages == 1 and len(names) != profile.model.num_decoder_layers:
         raise RuntimeError(f"eos: {len(names)} attention layers, the profile is for {profile.model.num_decoder_layers}")
     for segment, group in zip(segments_of_groups(kv_cache_config), kv_cache_config.kv_cache_groups, strict=True):
         for name in group.layer_names:
-            layer = reduction.attention[names.pop(name)]
-            want = profile.segment_of_layer(reduction.attention.index(layer))
+            index = names.pop(name)
+            layer, want = reduction.attention[index], profile.segment_of_layer(index)
             if not isinstance(layer, SegmentAttention) or layer.eos_segment != want or segment != want:
                 raise RuntimeError(f"eos: layer {name} caches for segment {segment}, its place is segment {want}")
             if not builds_for_segments(layer):
@@ -86,16 +86,17 @@ def _allocate_and_compare(
 ) -> None:
     plan, tokens = trial_plan(planner, max_model_len)
     want = planned_blocks(kv_cache_config, plan, tokens)
+    plans = [manager.plans for manager in managers]
     for manager in managers:
-        manager.plans[_TRIAL] = plan
+        manager.plans = {_TRIAL: plan}
     got: list[int] | None = None
     try:
         promised = [m.get_num_blocks_to_allocate(_TRIAL, tokens, [], 0, 0, tokens) for m in managers]
         if promised == want:
             got = [len(m.allocate_new_blocks(_TRIAL, tokens, tokens)) for m in managers]
     finally:
-        for manager in managers:
+        for manager, before in zip(managers, plans, strict=True):
             manager.free(_TRIAL)
-            manager.plans.pop(_TRIAL, None)
+            manager.plans = before
     if got != want:
         raise RuntimeError(f"eos: KV blocks per group: planned {want}, promised {promised}, allocated {got}")

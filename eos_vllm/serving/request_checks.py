@@ -4,8 +4,10 @@ import asyncio
 import functools
 from typing import Any
 
+from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import has_non_text_content
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -16,14 +18,13 @@ from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.requests import budget_of, plan_of_features
 
 
-def install_request_checks(planner: Planner) -> None:
+def install_request_checks() -> None:
     """Makes this process check what requests say of ``eos_retain``, over HTTP and offline.
 
     Why wraps: vLLM has no hook for the keys of ``vllm_xargs``. Over HTTP the check comes first, where the model's
     name is checked: once vLLM has rendered a prompt, its front end takes the images for sent, and a refusal after that
     would fail the next request with the same image. Can go when vLLM validates plugin arguments.
     """
-    BaseServing.eos_planner = planner  # type: ignore[attr-defined]
     if getattr(InputProcessor, "eos_installed", False):
         return
     InputProcessor.eos_installed = True  # type: ignore[attr-defined]
@@ -48,10 +49,22 @@ def install_request_checks(planner: Planner) -> None:
 
     @functools.wraps(check_model)
     async def check_first(self: BaseServing, request: Any) -> Any:
-        check_body(self.eos_planner, request)  # type: ignore[attr-defined]
+        client = getattr(self, "engine_client", None)  # those that only tokenize or render have none
+        if client is not None and (planner := planner_of(client.vllm_config)) is not None:
+            check_body(planner, request)
         return await check_model(self, request)
 
     BaseServing._check_model = check_first  # type: ignore[method-assign]
+    beam_search = BeamSearchOfflineMixin.beam_search
+
+    @functools.wraps(beam_search)
+    def checked_beams(self: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        planner = planner_of(self.llm_engine.vllm_config)
+        if planner is not None and any(isinstance(p, dict) and p.get("multi_modal_data") for p in prompts):
+            check_beams(planner, "beam_search")
+        return beam_search(self, prompts, *args, **kwargs)
+
+    BeamSearchOfflineMixin.beam_search = checked_beams  # type: ignore[method-assign]
 
 
 def forget_sent_images(renderer: Any) -> None:
@@ -93,15 +106,32 @@ def check_body(planner: Planner, body: Any) -> None:
     params = SamplingParams(extra_args=extra)
     check_params(planner, params)
     if getattr(body, "use_beam_search", False) and _has_media(getattr(body, "messages", None)):
-        raise VLLMValidationError(
-            "use_beam_search=true: with images it would select other visual tokens at each step; leave it out",
-            parameter="use_beam_search",
-        )
+        check_beams(planner, "use_beam_search=true")
+        if REQUEST_FIELD in extra:
+            raise VLLMValidationError(
+                f"vllm_xargs.{REQUEST_FIELD}={extra[REQUEST_FIELD]!r}: vLLM passes no vllm_xargs on to a beam search; "
+                "leave it out, for the server's budget",
+                parameter=REQUEST_FIELD,
+            )
     logprobs = getattr(body, "prompt_logprobs", None)
     if logprobs is not None and _has_media(getattr(body, "messages", None)):
         total = planner.profile.model.visual_tokens
         plan = planner.plan([0] * total, [ImageSpan(0, total)], budget_of(params))
         _refuse_prompt_logprobs(planner, plan, logprobs)
+
+
+def check_beams(planner: Planner, what: str) -> None:
+    """Refuses a beam search over images whose windows hold the beam: each step would select other visual tokens.
+
+    Raises:
+        VLLMValidationError: answered as HTTP 400.
+    """
+    if planner.rule.kind == "prompt" or (planner.rule.kind == "turn" and not planner.rule.marker):
+        raise VLLMValidationError(
+            f"{what}: with images it would select other visual tokens at each step, for the profile lets all later "
+            "text ask; leave it out, or serve a profile with importance.window 'turn'",
+            parameter="use_beam_search",
+        )
 
 
 def check_params(planner: Planner, params: Any) -> None:
@@ -130,6 +160,12 @@ def check_request(planner: Planner, request: Any, longest_step: int) -> None:
     plan = plan_of_features(planner, request.prompt_token_ids or (), request.mm_features, params)
     if not plan.reduces:
         return
+    if request.resumable:
+        raise VLLMValidationError(
+            "streaming input: images that come later would not be reduced; send the prompt at once, or ask for no "
+            f'reduction with vllm_xargs: {{"{REQUEST_FIELD}": {planner.profile.model.visual_tokens}}}',
+            parameter="prompt",
+        )
     longest = max(span.end - span.start for span in plan.atomic_spans)
     if longest > longest_step:
         raise VLLMValidationError(
@@ -155,7 +191,6 @@ def _refuse_prompt_logprobs(planner: Planner, plan: RequestPlan, value: int) -> 
 
 
 def _has_media(messages: Any) -> bool:
-    """Whether chat messages hold anything but text."""
-    contents = [message.get("content") for message in messages or () if isinstance(message, dict)]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and "text" not in str(part.get("type", "text")) for part in parts)
+    """Whether chat messages, or those of one of several chats (``/v1/chat/completions/batch``), hold media."""
+    chats = messages if isinstance(messages, list) and any(isinstance(m, list) for m in messages) else [messages]
+    return any(has_non_text_content(chat) for chat in chats)

@@ -40,6 +40,9 @@ def plan_of_features(
         features: ``mm_features`` of the request.
         sampling_params: its sampling parameters.
     """
+    if sampling_params is not None and sampling_params.prompt_logprobs is not None:
+        # Discarded tokens have no log-probabilities; whatever front end let it through, the answer must be right.
+        return planner.plan(prompt, [])
     spans = [ImageSpan(f.mm_position.offset, f.mm_position.length) for f in features or () if f.modality == "image"]
     try:
         return planner.plan(prompt, spans, budget_of(sampling_params))

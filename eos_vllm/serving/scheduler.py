@@ -12,6 +12,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from eos_vllm.core.plan import RequestPlan
+from eos_vllm.serving.contract import check_contract
 from eos_vllm.serving.coordinator import adopt
 from eos_vllm.serving.metrics import Counters, pack_stats
 from eos_vllm.serving.options import planner_of
@@ -27,6 +28,7 @@ class EosSchedulerMixin(Scheduler):
     """What both scheduler classes of vLLM gain: plans, whole image prompts, and counts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_contract("engine core")
         super().__init__(*args, **kwargs)
         planner = planner_of(self.vllm_config)
         if planner is None:

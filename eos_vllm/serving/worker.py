@@ -11,8 +11,11 @@ class EosWorkerExtension:
     def eos_report(self) -> dict[str, Any]:
         """Counts since start, and the segment of each decoder layer, as plain data."""
         reduction = reduction_of(self.model_runner)  # type: ignore[attr-defined]
+        runner = type(self.model_runner)  # type: ignore[attr-defined]
         return {
+            "runner": f"{runner.__module__}.{runner.__name__}",
+            "asynchronous": bool(self.vllm_config.scheduler_config.async_scheduling),  # type: ignore[attr-defined]
             **reduction.counters.to_dict(),
-            "segments": [layer.eos_segment for layer in reduction.attention],
-            "backends": [layer.attn_backend.__name__ for layer in reduction.attention],
+            "segments": [layer.eos_segment for layer in reduction.attention.values()],
+            "backends": [layer.attn_backend.__name__ for layer in reduction.attention.values()],
         }

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from eos_search.plots.canvas import panels
-from eos_vllm.core.equivalence import Check, batch_check, corner_checks, gaussian_tokens
+from eos_vllm.analysis.equivalence import Check, batch_check, corner_checks, gaussian_tokens
 
 SEEDS = tuple(range(42, 62))
 # Differences that are exactly 0 stand on the axis; float32's smallest ones here are some 1e-8.

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,16 @@ def served(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[tuple[A
         yield llm, reference, request.param
 
 
-def compare(llm: Any, reference: ReferenceModel, asks: list[Ask]) -> list[Any]:
-    """Answers of the engine in one batch, held against the reference; blocks against the plan."""
+def compare(llm: Any, reference: ReferenceModel, asks: list[Ask], hits: list[list[int]] | None = None) -> list[Any]:
+    """Answers of the engine in one batch, held against the reference; blocks against the plan.
+
+    Tokens found in the cache, by KV group, go to ``hits``.
+    """
     with BlockWatch(scheduler_of(llm)) as watch:
         answers = answer_all(llm, asks)
     assert watch.errors == []
+    if hits is not None:
+        hits.extend(watch.hit_tokens)
     for i, (ask, answer) in enumerate(zip(asks, answers, strict=True)):
         want = reference.generate(ask.prompt, ask.images, ask.max_tokens, ask.budget)
         assert answer.token_ids == want.token_ids, f"request {i}"
@@ -74,6 +80,18 @@ def compare(llm: Any, reference: ReferenceModel, asks: list[Ask]) -> list[Any]:
 def encoded(llm: Any) -> int:
     """Images that the worker has reduced since start."""
     return int(llm.collective_rpc("eos_report")[0]["images"])
+
+
+@contextmanager
+def tower_calls(llm: Any) -> Iterator[list[int]]:
+    """One entry for each call of the vision tower within the block."""
+    calls: list[int] = []
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    handle = runner.get_model().vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def test_three_turns_of_two_chats(served: Any) -> None:
@@ -89,14 +107,26 @@ def test_three_turns_of_two_chats(served: Any) -> None:
             Ask(turns(*chat[:turn]), picture, None if chat is chats[0] else budget, max_tokens=8)
             for chat, picture in zip(chats, pictures, strict=True)
         ]
-        answers = compare(llm, reference, asks)
+        hits: list[list[int]] = []
+        with tower_calls(llm) as calls:
+            answers = compare(llm, reference, asks, hits)
         first = first or answers
+        if name != "prompt-last":
+            assert bool(calls) == (turn == 1)
         if turn > 1 and name != "prompt-last":
             for answer, start in zip(answers, first, strict=True):
                 # Image and first question at least, or whole blocks of them where nothing is reduced.
                 assert answer.cached_tokens >= start.prompt_tokens // 32 * 32
                 assert answer.prompt_tokens - answer.cached_tokens < 100
             assert encoded(llm) == before
+            # By KV group: a segment behind a reducer finds as many tokens fewer as the chat's plan removes there.
+            assert len(hits) == len(answers)
+            groups = [m.kv_cache_spec.segment for m in scheduler_of(llm).coordinator.single_type_managers]
+            planner = reference.planner
+            assert planner is not None
+            for answer, ask, tokens in zip(answers, asks, hits, strict=True):
+                gone = [0, *(576 - count for count in planner.counts(ask.budget))]
+                assert tokens == [answer.cached_tokens - gone[segment] for segment in groups]
         elif turn > 1:  # all later text asks: what was kept for an earlier turn is another choice
             assert all(answer.cached_tokens < 100 for answer in answers)
 

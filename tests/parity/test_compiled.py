@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from eos_search.reference import ReferenceModel
+from eos_vllm.serving.stretches import Stretch
 from support.engines import answer_all, engine, mixed_asks
 from support.profiles import make_profile
 
@@ -14,6 +15,10 @@ def test_compiled_engine_answers_as_the_reference(tiny_model: Path) -> None:
     asks = mixed_asks(6)
     with engine(tiny_model, profile, enforce_eager=False) as llm:
         assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+        reduction = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.eos
+        runs = [part._run for part in reduction.parts if isinstance(part, Stretch)]
+        assert len(runs) == 4
+        assert all(hasattr(run, "_torchdynamo_orig_callable") for run in runs)  # compiled, between reducers, too
         answers = answer_all(llm, asks)
     reference = ReferenceModel.from_pretrained(str(tiny_model), profile, block=32)
     for ask, answer in zip(asks, answers, strict=True):

@@ -6,9 +6,9 @@ import torch
 from eos_search.corners import CORNERS, at_corner
 from eos_search.evaluation import cases
 from eos_vllm import profiles
-from eos_vllm.core import corners
+from eos_vllm.analysis import corners
+from eos_vllm.analysis.equivalence import gaussian_tokens
 from eos_vllm.core.budget import kept_counts
-from eos_vllm.core.equivalence import gaussian_tokens
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.operator import OperatorParams, unified_operator
 

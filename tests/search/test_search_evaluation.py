@@ -12,8 +12,10 @@ from eos_search.answerers import ReferenceAnswerer, ServerAnswerer, blind_images
 from eos_search.evaluate_command import add_parser, check_rows, limit, run
 from eos_search.evaluation import cases, evaluate, table
 from eos_search.raw import read_result
+from eos_search.selection import rows_before
 from eos_vllm.cluttervqa import export, read_rows
 from eos_vllm.core.errors import EosError
+from eos_vllm.core.plan import rounded_count
 from support.profiles import make_profile
 
 
@@ -49,6 +51,35 @@ def test_keeping_all_is_stock_and_selections_choose_otherwise(answerer, rows):
         assert records[name, 8] != stock
     assert records["random@embedded-fastv", 8] != records["oracle@embedded-fastv", 8]
     assert records["blind", None] != stock
+
+
+def test_tokens_that_another_question_chose(answerer, rows, tiny_model):
+    """``earlier@`` answers with the very tokens that the question in front keeps; rules blind to it change nothing."""
+    from PIL import Image
+
+    from eos_search.reference import ReferenceModel
+    from eos_vllm import profiles
+
+    names = ["embedded-eos", "earlier@embedded-eos", "image@embedded-eos", "rounded@embedded-eos"]
+    wanted = [*cases(names, [40]), replace(cases(["image@embedded-eos"], [40])[0], name="both", selection="earlier")]
+    found = {r["profile"]: r for r in evaluate(answerer, rows, wanted, lambda _: lambda n: None)}
+    assert found["earlier@embedded-eos"]["replies"] != found["embedded-eos"]["replies"]
+    assert found["both"]["replies"] == found["image@embedded-eos"]["replies"] != found["embedded-eos"]["replies"]
+    assert found["rounded@embedded-eos"]["kept"] == [rounded_count(576, k, 32) for k in found["embedded-eos"]["kept"]]
+    reference = ReferenceModel.from_pretrained(str(tiny_model), profiles.load("embedded-eos"))
+    for i, before in enumerate(rows_before(rows)):
+        assert before != i
+        assert rows[before].image_files == rows[i].image_files
+        picture = Image.open(rows[i].image_files[0])
+        asked = [reference.embed(chat_prompt(reference.processor, rows[k].prompt, 1), [picture]) for k in (before, i)]
+        first = reference.prefill(asked[0][0], asked[0][1], 40)
+        pinned = reference.prefill(asked[1][0], asked[1][1], 40, first.scores)
+        end = asked[0][1][0].end
+        assert [k[k < end].tolist() for k in pinned.kept] == [k[k < end].tolist() for k in first.kept]
+        ids = reference.answer(pinned, len(asked[1][0]), 3).token_ids
+        assert found["earlier@embedded-eos"]["replies"][i] == reference.processor.tokenizer.decode(
+            ids, skip_special_tokens=True
+        )
 
 
 def test_replies_are_the_references_own(answerer, rows, tiny_model):
@@ -120,7 +151,7 @@ def test_at_most_so_many_of_each_kind(rows):
 def test_mistakes_are_named(tmp_path, answerer):
     with pytest.raises(EosError, match="neither a file nor a shipped profile"):
         cases(["no-such"], [16])
-    with pytest.raises(EosError, match="names neither a selection nor a corner"):
+    with pytest.raises(EosError, match="changes nothing known"):
         cases(["best@embedded-pool"], [16])
     with pytest.raises(EosError, match="eos_retain=0"):
         cases(["embedded-pool"], [0])
@@ -166,6 +197,8 @@ def test_rows_that_cannot_be_asked_are_refused_before_any_is(rows):
         check_rows([replace(rows[0], boxes=())], oracle, "rows.jsonl")
     with pytest.raises(EosError, match="has 2 images"):
         check_rows([replace(rows[0], image_files=rows[0].image_files * 2)], oracle, "rows.jsonl")
+    with pytest.raises(EosError, match="is the only one about its image"):
+        check_rows(rows[:1], cases(["earlier@embedded-fastv"], [16]), "rows.jsonl")
     with pytest.raises(EosError, match="is missing"):
         check_rows([replace(rows[0], image_files=(Path("gone.png"),))], cases(["none"], [16]), "rows.jsonl")
 

@@ -18,7 +18,7 @@ from eos_search.loop import Trainer
 from eos_search.objective import Objective, TaskTerms
 from eos_search.structure import Structure
 from eos_search.theta import KINDS, Theta, ThetaValues
-from eos_vllm.core import corners
+from eos_vllm.analysis import corners
 from eos_vllm.core.operator import OperatorParams, unified_operator
 
 STEPS, BATCH, LR = 400, 2, 0.2

@@ -127,11 +127,13 @@ def test_a_profile_after_the_same_model_without(tiny_model: Path, profile_file: 
     [
         (["--kv-cache-dtype", "fp8", "--enable-prefix-caching"], "enable-prefix-caching"),
         (["--long-prefill-token-threshold", "100"], "long-prefill-token-threshold"),
-        (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "speculative-config"),
-        (["--pipeline-parallel-size", "2"], "pipeline-parallel-size"),
+        (["--speculative-config", '{"method": "draft_model", "num_speculative_tokens": 2}'], "speculative-config"),
+        (["--spec-method", "eagle"], "spec-method"),
+        (["--decode-context-parallel-size", "2"], "decode-context-parallel-size"),
+        (["--runner", "pooling"], "runner"),
+        (["--convert", "embed"], "runner='pooling'"),
         (["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'], "kv-transfer-config"),
         (["--kv-offloading-size", "1"], "kv-offloading-size"),
-        (["--enable-lora"], "enable-lora"),
         (["--disable-hybrid-kv-cache-manager"], "disable-hybrid-kv-cache-manager"),
         (["--scheduler-cls", "vllm.v1.core.sched.scheduler.Scheduler"], "scheduler-cls"),
         (["--eos-retain", "0"], "eos-retain='0'"),
@@ -146,6 +148,29 @@ def test_bad_flags(
     line = refused(tiny_model, ["--eos-profile", str(profile_file), *flags], capsys)
     assert named in line
     assert ";" in line  # the remedy
+
+
+def test_a_compiler_that_would_take_the_whole_forward_pass(
+    tiny_model: Path, profile_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "BASE", [flag for flag in BASE if flag != "--enforce-eager"])
+    flags = ["--eos-profile", str(profile_file), "--compilation-config", '{"mode": 1}']
+    assert "compilation-config.mode" in refused(tiny_model, flags, capsys)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("VLLM_USE_BREAKABLE_CUDAGRAPH", "1"), ("VLLM_USE_RUST_FRONTEND", "1")]
+)
+def test_bad_environment(
+    variable: str,
+    value: str,
+    tiny_model: Path,
+    profile_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert variable in refused(tiny_model, ["--eos-profile", str(profile_file)], capsys)
 
 
 def test_retain_without_a_profile(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,8 +255,8 @@ def test_offline_settings_raise_the_same_line(tiny_model: Path) -> None:
 
 
 def test_the_command_says_one_line_and_no_traceback(tiny_model: Path, profile_file: Path) -> None:
-    command = vllm_command("serve", str(tiny_model), "--eos-profile", str(profile_file), "--enable-lora", *BASE)
+    command = vllm_command("serve", str(tiny_model), "--eos-profile", str(profile_file), "--enable-dbo", *BASE)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
-    assert "eos-vllm: error: enable-lora=True" in done.stderr
+    assert "eos-vllm: error: enable-dbo=True" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout

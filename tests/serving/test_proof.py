@@ -1,11 +1,11 @@
 """A worker that cannot prove its reduction refuses to start. Each test breaks one thing."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from eos_vllm.core.plan import RequestPlan
 from support.engines import answer_all, engine, mixed_asks
 from support.profiles import make_profile
 
@@ -75,17 +75,55 @@ def test_an_argument_is_found_by_keyword_and_by_position() -> None:
         argument_reader(build, "computed")
 
 
-def test_a_prompt_in_parts_is_never_run(tiny_model: Path) -> None:
-    import torch
+def test_a_scheduler_that_plans_nothing(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eos_vllm.serving import engine_args
 
-    from eos_vllm.core.plan import ImageSpan, Planner
-    from eos_vllm.serving.batch import BatchRow, BatchState
+    finish = engine_args.finish
 
-    plan: RequestPlan = Planner(make_profile()).plan(600, [ImageSpan(5, 576)])
-    state: Any = BatchState(4, 8, torch.device("cpu"))
-    with pytest.raises(ValueError, match="cut an image"):
-        state.begin([BatchRow("r", plan, 0, 300)])
-    with pytest.raises(ValueError, match="cut an image"):
-        state.begin([BatchRow("r", plan, 10, 590)])
-    state.begin([BatchRow("r", plan, 0, 600)])
-    assert state.prefills_images
+    def replaced(config: Any) -> None:
+        finish(config)
+        config.scheduler_config.scheduler_cls = None
+
+    monkeypatch.setattr(engine_args, "finish", replaced)
+    with (
+        engine(tiny_model, make_profile()) as llm,
+        pytest.raises(RuntimeError, match="something replaced scheduler_cls"),
+    ):
+        answer_all(llm, mixed_asks(2))
+
+
+def test_an_offline_engine_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ``VLLM_PLUGINS`` that names others: vLLM takes the settings, and nobody reads them."""
+    import vllm
+
+    import eos_vllm
+    from eos_vllm.core.errors import SettingError
+
+    class Unplugged:
+        def __init__(self, *_: Any, **settings: Any) -> None:
+            assert settings["additional_config"]["eos"] == {"profile": "embedded-eos", "retain": 64}
+            parallel = SimpleNamespace(worker_extension_cls="")
+            core = SimpleNamespace(shutdown=lambda: None)
+            self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel), engine_core=core)
+
+    monkeypatch.setattr(vllm, "LLM", Unplugged)
+    with pytest.raises(SettingError, match="VLLM_PLUGINS"):
+        eos_vllm.LLM("model", "embedded-eos", 64)
+
+
+def test_an_offline_engine_with_it(tiny_model: Path) -> None:
+    import eos_vllm
+
+    llm = eos_vllm.LLM(
+        str(tiny_model),
+        make_profile().to_dict(),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        kv_cache_memory_bytes=64 << 20,
+    )
+    try:
+        assert answer_all(llm, mixed_asks(2))
+        assert llm.collective_rpc("eos_report")[0]["images"] == 1
+    finally:
+        llm.llm_engine.engine_core.shutdown()

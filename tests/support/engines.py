@@ -113,14 +113,30 @@ class BlockWatch:
     preemptions: int = 0
     reduced_preemptions: int = 0
     errors: list[str] = field(default_factory=list)
+    hit_tokens: list[list[int]] = field(default_factory=list)  # of each look-up that found something, by KV group
 
     def __enter__(self) -> "BlockWatch":
         self._schedule, self._preempt = self.scheduler.schedule, self.scheduler._preempt_request
         self.scheduler.schedule, self.scheduler._preempt_request = self._watched, self._counted
+        self._find = self.scheduler.coordinator.find_longest_cache_hit
+        self.scheduler.coordinator.find_longest_cache_hit = self._looked_up
         return self
 
     def __exit__(self, *_: object) -> None:
         self.scheduler.schedule, self.scheduler._preempt_request = self._schedule, self._preempt
+        self.scheduler.coordinator.find_longest_cache_hit = self._find
+
+    def _looked_up(self, *args: Any, **kwargs: Any) -> Any:
+        blocks, end, external = self._find(*args, **kwargs)
+        keys = self.scheduler.coordinator.looked_up
+        if end and keys is not None:
+            managers = self.scheduler.coordinator.single_type_managers
+            tokens = [keys.plan.segment_length(m.kv_cache_spec.segment, end) if keys.plan else end for m in managers]
+            self.hit_tokens.append(tokens)
+            want = [-(-count // m.block_size) for count, m in zip(tokens, managers, strict=True)]
+            if want != (have := [len(group) for group in blocks]):
+                self.errors.append(f"a hit of {end} tokens: {have} blocks by KV group, planned {want}")
+        return blocks, end, external
 
     def _counted(self, *args: Any, **kwargs: Any) -> Any:
         request = args[0]

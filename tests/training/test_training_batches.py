@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from eos_search.training.batches import MIX, QUESTIONS, Part, Steps, _names, collate, encode, prefix_ids
 from eos_vllm.cluttervqa import KINDS, WORDS, make_sample
 from eos_vllm.models.embedded import SHAPE
 from eos_vllm.models.tokenizer import build_tokenizer
-from eos_vllm.training.batches import MIX, QUESTIONS, Part, Steps, _names, collate, encode, prefix_ids
 
 
 @pytest.fixture(scope="module")

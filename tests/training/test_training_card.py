@@ -2,8 +2,8 @@
 
 import pytest
 
+from eos_search.training.card import card
 from eos_vllm.core.errors import EosError
-from eos_vllm.training.card import card
 
 SHARE = {"value": 0.5, "low": 0.25, "high": 0.75, "questions": 8}
 HELD_OUT = {

@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from eos_search.training.batches import QUESTIONS, collate
+from eos_search.training.checkpoint import published_name, write_model
+from eos_search.training.network import DEPTH, PLACES, SHALLOW, Trainee, attention_masks, build, grow
+from eos_search.training.train import validate
 from eos_vllm.cluttervqa import KINDS, make_sample
 from eos_vllm.models import embedded
 from eos_vllm.models.embedded import SHAPE
 from eos_vllm.models.tiny import tensor_shapes
-from eos_vllm.training.batches import QUESTIONS, collate
-from eos_vllm.training.checkpoint import published_name, write_model
-from eos_vllm.training.network import DEPTH, PLACES, SHALLOW, Trainee, attention_masks, build, grow
-from eos_vllm.training.train import validate
 
 
 @pytest.fixture(scope="module")

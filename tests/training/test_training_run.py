@@ -6,11 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from eos_search.training import train
+from eos_search.training.__main__ import main
+from eos_search.training.batches import Part
+from eos_search.training.train import Run, Stage, rate
 from eos_vllm.core.errors import EosError
-from eos_vllm.training import train
-from eos_vllm.training.__main__ import main
-from eos_vllm.training.batches import Part
-from eos_vllm.training.train import Run, Stage, rate
 
 STAGES = (
     Stage("tower", 0, 3, 3e-3, 5e-4, (Part(2, 4, False),)),

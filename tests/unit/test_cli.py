@@ -12,10 +12,10 @@ import torch
 from cli_runs import V2, output, refusal
 
 from eos_vllm import __version__, profiles
+from eos_vllm.analysis import equivalence
+from eos_vllm.analysis.equivalence import corner_checks
 from eos_vllm.cli import verify
 from eos_vllm.cli.main import COMMANDS, build_parser, main
-from eos_vllm.core import equivalence
-from eos_vllm.core.equivalence import corner_checks
 from eos_vllm.models.tiny import write_tiny_model
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eos_vllm.core import corners, equivalence
-from eos_vllm.core.equivalence import Check, batch_check, corner_checks, gaussian_tokens, has_clear_nearest
+from eos_vllm.analysis import corners, equivalence
+from eos_vllm.analysis.equivalence import Check, batch_check, corner_checks, gaussian_tokens, has_clear_nearest
 from eos_vllm.core.operator import OperatorParams
 
 PAPER = {"PRUNE": 0.0, "MERGE": 9.54e-07, "POOL": 4.77e-07, "REWEIGHT": 0.0}

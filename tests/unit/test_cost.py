@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from unit_builders import make_profile
 
 from eos_vllm import profiles
-from eos_vllm.core.comparison import CostComparison, compare
-from eos_vllm.core.cost import kv_bytes_per_token, layer_flops, prompt_cost
+from eos_vllm.analysis.comparison import CostComparison, compare
+from eos_vllm.analysis.cost import kv_bytes_per_token, layer_flops, prompt_cost
+from eos_vllm.analysis.kv_groups import kv_groups
 from eos_vllm.core.errors import BudgetError, ProfileError, SettingError
-from eos_vllm.core.kv_groups import kv_groups
 from eos_vllm.core.plan import ImageSpan, Planner
 from eos_vllm.models.geometry import ModelGeometry, geometry
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eos_vllm.core.equivalence import gaussian_tokens
+from eos_vllm.analysis.equivalence import gaussian_tokens
 from eos_vllm.core.operator import OperatorParams, unified_operator
 
 # Of gamma, tau, theta, rho and nu, in hundredths: whole numbers are what hypothesis shrinks quickly.

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from eos_vllm import profiles
-from eos_vllm.core import corners
+from eos_vllm.analysis import corners
+from eos_vllm.analysis.comparison import compare
+from eos_vllm.analysis.equivalence import gaussian_tokens
 from eos_vllm.core.budget import eq11_counts, kept_counts, layer_average
-from eos_vllm.core.comparison import compare
-from eos_vllm.core.equivalence import gaussian_tokens
 from eos_vllm.core.errors import ProfileError
 from eos_vllm.core.operator import unified_operator
 from eos_vllm.core.plan import Planner

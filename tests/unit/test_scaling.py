@@ -5,9 +5,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from unit_builders import make_profile
 
+from eos_vllm.analysis.scaling import rescale, scale_layers, scale_to_model
 from eos_vllm.core.budget import kept_counts
 from eos_vllm.core.errors import BudgetError, ProfileError
-from eos_vllm.core.scaling import rescale, scale_layers, scale_to_model
 
 
 @given(budget=st.integers(1, 120), measure=st.sampled_from(["final", "layer_average"]))

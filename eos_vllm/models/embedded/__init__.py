@@ -1,6 +1,6 @@
 """The embedded model: a LLaVA of 1.8 million parameters, trained on ClutterVQA, that comes with the package.
 
-`eos_vllm.training` makes it (``make embedded-model``); its model card stands beside the weights.
+`eos_search.training` makes it (``make embedded-model``); its model card stands beside the weights.
 """
 
 from pathlib import Path

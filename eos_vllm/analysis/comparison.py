@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from eos_vllm.analysis.cost import Geometry, PromptCost, prompt_cost
 from eos_vllm.core.budget import layer_average
-from eos_vllm.core.cost import Geometry, PromptCost, prompt_cost
-from eos_vllm.core.errors import ProfileError, SettingError
+from eos_vllm.core.errors import SettingError
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
-from eos_vllm.core.profile import Profile
+from eos_vllm.core.profile import check_fits
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,6 @@ class CostComparison:
             "stock": self.stock.to_dict(),
             "reduced": self.reduced.to_dict(),
         }
-
-
-def check_fits(profile: Profile, geometry: Geometry) -> None:
-    """Whether ``profile`` was made for a model of this geometry.
-
-    Raises:
-        ProfileError: architecture, depth or visual tokens differ.
-    """
-    for name in ("architecture", "num_decoder_layers", "visual_tokens"):
-        want, have = getattr(profile.model, name), getattr(geometry, name)
-        if want != have:
-            remedy = "give the model that it was made for, or adapt it with `eos-vllm profile scale`"
-            raise ProfileError(f"profile.model.{name}", want, f"the model has {have}", remedy)
 
 
 def compare(

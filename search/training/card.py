@@ -1,6 +1,6 @@
 """Writes the embedded model's card from the raw results of its training and of its held-out evaluation.
 
-    python -m eos_vllm.training.card [DIRECTORY]
+    python -m eos_search.training.card [DIRECTORY]
 
 DIRECTORY holds the model, that of the package by default. Accuracy below ``FLOORS`` gives no card. Every figure on the
 card comes from ``results/``; nothing is measured here.

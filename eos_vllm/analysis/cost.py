@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from eos_vllm.analysis.kv_groups import kv_groups
 from eos_vllm.core.errors import SettingError
-from eos_vllm.core.kv_groups import kv_groups
 from eos_vllm.core.plan import RequestPlan
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "fp8": 1}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from eos_vllm.core import corners
+from eos_vllm.analysis import corners
 from eos_vllm.core.operator import OperatorParams, unified_operator
 
 # Listing 3's stand-ins for theta -> -infinity (every per-token gate is 1), tau -> infinity and tau -> 0.
@@ -59,7 +59,7 @@ def corner_checks(
     merge_tau: float = MERGE_TAU,
     relative: bool = False,
 ) -> list[Check]:
-    """Holds the unified operator at its four corners against :mod:`eos_vllm.core.corners`.
+    """Holds the unified operator at its four corners against :mod:`eos_vllm.analysis.corners`.
 
     Args:
         anchors: ``[K, d]``.

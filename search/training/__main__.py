@@ -1,4 +1,4 @@
-"""``python -m eos_vllm.training --out DIRECTORY``: trains the embedded model and writes its files, weights included."""
+"""``python -m eos_search.training --out DIRECTORY``: trains the embedded model and writes all its files."""
 
 import argparse
 import json
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
+from eos_search.training.checkpoint import write_model
+from eos_search.training.train import Run, settings
 from eos_vllm.core.errors import EosError
 from eos_vllm.models.model_files import prepare_directory
 from eos_vllm.provenance import provenance
-from eos_vllm.training.checkpoint import write_model
-from eos_vllm.training.train import Run, settings
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m eos_vllm.training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m eos_search.training", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="new or empty directory for the model")
     parser.add_argument("--work", type=Path, default=Path(".cache/embedded-model"), help="checkpoints and log")
     parser.add_argument("--record", type=Path, default=None, help="file for provenance, settings, times and log")

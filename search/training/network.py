@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from eos_search.training.batches import FRAME_PATCHES, Batch, prefix_ids
 from eos_vllm.cluttervqa.glyphs import TYPES
 from eos_vllm.cluttervqa.scene import COLOUR_NAMES
 from eos_vllm.models.embedded import SHAPE
 from eos_vllm.models.model_files import model_config
 from eos_vllm.models.tokenizer import EOS_ID
-from eos_vllm.training.batches import FRAME_PATCHES, Batch, prefix_ids
 
 DEPTH = SHAPE.num_decoder_layers
 SHALLOW = 4

@@ -1,4 +1,4 @@
-"""Trains the embedded model in stages and writes it: ``python -m eos_vllm.training --out DIRECTORY``.
+"""Trains the embedded model in stages and writes it: ``python -m eos_search.training --out DIRECTORY``.
 
 Each stage starts with a fresh optimizer, warm-up and cosine decay. A run that is stopped goes on from its last
 checkpoint; batches depend on stage and step only, so that it sees the same data as one that never stopped.
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from eos_search.training.batches import QUESTIONS, Batch, Part, collate, loader
+from eos_search.training.network import SHALLOW, Trainee, build, grow
 from eos_vllm.cluttervqa import KINDS, make_sample
 from eos_vllm.core.errors import EosError
-from eos_vllm.training.batches import QUESTIONS, Batch, Part, collate, loader
-from eos_vllm.training.network import SHALLOW, Trainee, build, grow
 
 _WARM_UP = 60
 _LOG_EVERY = 20

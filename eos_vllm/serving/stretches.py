@@ -1,0 +1,71 @@
+"""Decoder layers between two reducers, compiled where vLLM compiles.
+
+vLLM compiles the forward pass of the whole model, which the reducing pass does not take. Where it does, it also leaves
+norms, activations and rotary embeddings to the compiler, so that the same layers run eagerly are many small launches.
+A reducing layer itself stays eager, for its queries and keys are read.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class Stretch:
+    """Neighbouring layers, none of which reduces."""
+
+    def __init__(self, layers: Sequence[Any], compiled: bool) -> None:
+        self.layers = list(layers)
+        self._run: Run = self._layer_by_layer
+        if compiled and self.layers:
+            # The number of tokens differs with every step; a graph for each would be compiled for ever.
+            self._run = torch.compile(self._layer_by_layer, dynamic=True, fullgraph=True)
+
+    def __call__(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the layers.
+
+        Args:
+            positions: rotary positions ``[tokens]``.
+            hidden: ``[tokens, d]``.
+            residual: ``[tokens, d]``; None behind a reducer.
+        """
+        return self._run(positions, hidden, residual)
+
+    def _layer_by_layer(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return hidden, residual
+
+
+def stretches(layers: Sequence[Any], indices: range, reducing: Sequence[int], compiled: bool) -> Iterator[Any]:
+    """Stretches and the indices of reducing layers between them, in order.
+
+    Args:
+        layers: all decoder layers.
+        indices: those of this pipeline stage.
+        reducing: layers with a reducer.
+        compiled: whether to compile stretches.
+    """
+    first = indices.start
+    for index in indices:
+        if index in reducing:
+            if index > first:
+                yield Stretch(layers[first:index], compiled)
+            yield index
+            first = index + 1
+    if first < indices.stop:
+        yield Stretch(layers[first : indices.stop], compiled)
+
+
+def vllm_compiles(compilation_config: Any) -> bool:
+    """Whether vLLM compiles the model with Inductor."""
+    from vllm.config import CompilationMode
+
+    modes = (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE)
+    return compilation_config.mode in modes and compilation_config.backend in ("", "inductor")

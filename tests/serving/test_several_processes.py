@@ -1,0 +1,72 @@
+"""Two engines and two API servers in one service: answers are those of one, and each image is counted once."""
+
+import concurrent.futures
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from eos_search.reference import ReferenceModel
+from eos_vllm.cli.server_process import Server, serve
+from eos_vllm.core.plan import Planner
+from eos_vllm.models.images import sample_image, to_data_url
+from support.profiles import make_profile
+
+pytestmark = pytest.mark.serving
+PROFILE = make_profile(operator_values={"gamma": 0.2, "tau": 0.3, "theta": 0.1, "rho": 0.4, "nu": 0.2})
+FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
+FLAGS += ["--served-model-name", "tiny", "--data-parallel-size", "2"]
+REQUESTS = 24
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("processes")
+    theta = folder / "theta.json"
+    theta.write_text(json.dumps(PROFILE.to_dict()))
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_LOGGING_LEVEL": "INFO"}
+    with serve(tiny_model, [*FLAGS, "--eos-profile", str(theta)], folder / "log", environment) as running:
+        yield running
+
+
+def figures(server: Server, name: str) -> dict[str, float]:
+    """Samples of a metric, by engine."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(server.text("/metrics")):
+        for sample in family.samples:
+            if sample.name == name:
+                engine = sample.labels["engine"]
+                found[engine] = found.get(engine, 0.0) + sample.value
+    return found
+
+
+def ask(server: Server, i: int) -> str:
+    # A client of its own, hence a connection of its own: the kernel spreads those over the API servers.
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    image = {"type": "image_url", "image_url": {"url": to_data_url(sample_image(500 + i))}}
+    content: list[Any] = [image, {"type": "text", "text": f"Question {i}?"}]
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": content}], max_tokens=12, temperature=0
+    )
+    return str(answer.choices[0].message.content)
+
+
+def test_answers_are_right_and_counts_exact(server: Server, tiny_model: Path) -> None:
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda i: ask(server, i), range(REQUESTS)))
+    reference = ReferenceModel.from_pretrained(str(tiny_model), PROFILE, block=32)
+    for i in range(0, REQUESTS, 5):
+        prompt = f"USER: <image>\nQuestion {i}? ASSISTANT:"
+        ids = reference.generate(prompt, [sample_image(500 + i)], 12).token_ids
+        assert answers[i] == reference.processor.tokenizer.decode(ids), f"request {i}"
+    images = figures(server, "eos_images_total")
+    assert sum(images.values()) == REQUESTS
+    assert len(images) == 2
+    assert min(images.values()) > 0
+    kept = Planner(PROFILE, block=32).counts()
+    assert sum(figures(server, "eos_visual_tokens_kept_total").values()) == REQUESTS * sum(kept)
+    assert sum(figures(server, "eos_visual_tokens_in_total").values()) == REQUESTS * sum((576, *kept[:-1]))
