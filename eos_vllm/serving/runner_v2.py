@@ -1,8 +1,8 @@
 """The V2 model runner's part: a model state, which is vLLM's own extension point, and the rehearsal.
 
-The state tells the batch what is in each step. Two methods of the runner are wrapped beside it. Symptom without: nothing
-is rehearsed, for a state knows no runner. Why safe: vLLM's methods are called with the very arguments. Can go when a
-state may warm up.
+The state tells the batch what is in each step. Two methods of the runner are wrapped beside it. Symptom without them:
+no image is rehearsed, for a state knows no runner. Why safe: vLLM's methods are called with the very arguments. Can
+go when a state may warm up.
 """
 
 import functools
