@@ -89,6 +89,50 @@ def test_a_step_goes_on_only_with_the_same_requests(state: BatchState) -> None:
     assert not state.goes_on([first], np.array([0]), 600)  # preempted, and back in the same row
 
 
+def test_nothing_on_the_device_is_made_with_the_model() -> None:
+    """What is made there is taken for weights, and gone after the engine slept at level 2."""
+    made = BatchState(make_profile(), 8, torch.device("cpu"))
+    assert not [name for name, value in vars(made).items() if isinstance(value, torch.Tensor)]
+    made.allocate()
+    assert {name for name, value in vars(made).items() if isinstance(value, torch.Tensor)} == {
+        "_removed_device",
+        "_seq_lens",
+        "_arange",
+    }
+    made.begin([BatchRow("a", plan_of(), 600, 1)], [object()])
+    assert int(made._removed_device.sum()) > 0
+
+
+def test_one_workspace_for_all_builders(state: BatchState) -> None:
+    """FlashInfer's, of some 400 MiB each under V1."""
+    from eos_vllm.serving.attention import _share_workspace
+
+    class Builder:
+        def __init__(self) -> None:
+            self.workspace: torch.Tensor | None = None
+
+        def _get_workspace_buffer(self) -> torch.Tensor:
+            return torch.zeros(4)
+
+        def set_workspace_buffer(self, buffer: torch.Tensor) -> None:
+            self.workspace = buffer
+
+    builders = [Builder() for _ in range(3)]
+    for builder in builders:
+        _share_workspace(builder, state)
+    assert len({id(builder.workspace) for builder in builders}) == 1
+
+
+def test_segments_share_what_is_built_where_nothing_is_gone(state: BatchState) -> None:
+    keeps = Planner(make_profile()).plan(600, [])
+    state.begin([BatchRow("a", None if not keeps.reduces else keeps, 600, 1)], [object()])
+    assert state.uniform
+    assert state.geometry(0, metadata(1)) is state.geometry(3, metadata(1))
+    state.begin([BatchRow("a", plan_of(), 600, 1)], [object()])
+    assert not state.uniform
+    assert state.geometry(0, metadata(1)) is not state.geometry(3, metadata(1))
+
+
 def test_a_step_that_nobody_announced(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path of vLLM that builds metadata and isn't hooked: lengths of an earlier step must not be used."""
     from eos_vllm.serving import runner_v1
