@@ -36,7 +36,7 @@ def test_answers_are_those_of_v1(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "chosen",
     [
-        ["parity/test_parity.py", "-k", "preempted or ends_in_an_image or schedule or frobenius"],
+        ["parity/test_parity.py", "-k", "preempted or ends_in_an_image or schedule"],
         ["parity/test_chats.py", "-k", "turn-relevant and (three_turns or other_questions or chunks)"],
         ["serving/test_steps.py", "serving/test_proof.py", "serving/test_rehearsal.py", "-k", "not slots and not left"],
     ],
