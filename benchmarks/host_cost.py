@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eos_vllm import profiles
-from eos_vllm.core.layout import Row, build_layout
+from eos_vllm.core.layout import Entry, build_layout
 from eos_vllm.core.plan import ImageSpan, Planner
 from eos_vllm.core.profile import Profile
 from eos_vllm.models.tiny import PRESETS, write_tiny_model
@@ -177,16 +177,16 @@ def batch_and_layout(profile: Profile) -> dict[str, list[float]]:
     import numpy as np
     import torch
 
-    from eos_vllm.serving.batch import BatchRow, BatchState
+    from eos_vllm.serving.batch import BatchState, StepEntry
 
     device, count, images = torch.device("cpu"), 256, 8
     plan = Planner(profile, BUDGET, block=32).plan(576 + TEXT, [ImageSpan(BEFORE, 576)])
-    rows = [Row(1, plan, 700) for _ in range(count - images)] + [Row(576 + TEXT, plan, 0) for _ in range(images)]
+    rows = [Entry(1, plan, 700) for _ in range(count - images)] + [Entry(576 + TEXT, plan, 0) for _ in range(images)]
     queries = profile.importance.queries
     state = BatchState(profile, count, device)
     state.allocate()
     requests, computed = [object() for _ in range(count)], np.full(count, 700)
-    decodes = [BatchRow(str(i), plan, 700, 1) for i in range(count)]
+    decodes = [StepEntry(str(i), plan, 700, 1) for i in range(count)]
     state.begin(decodes, requests)
     return {
         f"layout, {count} rows, {images} images, {len(profile.reducers)} reducers": timed(

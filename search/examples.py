@@ -9,8 +9,7 @@ from PIL import Image
 
 from eos_search.reference import embed_inputs
 from eos_vllm.core.errors import SettingError
-from eos_vllm.core.layout import Row as LayoutRow
-from eos_vllm.core.layout import build_layout
+from eos_vllm.core.layout import Entry, build_layout
 from eos_vllm.core.plan import ImageSpan, RequestPlan
 from eos_vllm.core.profile import QueryRule
 from eos_vllm.core.reduction import image_query_weights
@@ -182,7 +181,7 @@ def _query_weights(
     rule: QueryRule, embeddings: torch.Tensor, prompt_length: int, spans: Sequence[ImageSpan]
 ) -> torch.Tensor:
     whole = RequestPlan(prompt_length, tuple(spans), tuple((span.length,) for span in spans))
-    layout = build_layout([LayoutRow(len(embeddings), whole)], 1, rule, embeddings.device)
+    layout = build_layout([Entry(len(embeddings), whole)], 1, rule, embeddings.device)
     weights = image_query_weights(rule, embeddings, layout)
     if weights is None:
         raise SettingError("importance.queries", rule, "the search needs text that asks", "choose a rule of text")

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from eos_vllm.core.errors import SettingError
-from eos_vllm.core.layout import Row, build_layout
+from eos_vllm.core.layout import Entry, build_layout
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 from eos_vllm.core.profile import Profile
 from eos_vllm.core.reduction import image_query_weights, reduce_tokens
@@ -167,7 +167,7 @@ class ReferenceModel:
         if self.planner is not None and plan.reduces:
             profile = self.planner.profile
             rule = profile.importance.queries
-            layout = build_layout([Row(tokens, plan)], profile.num_segments, rule, embeddings.device)
+            layout = build_layout([Entry(tokens, plan)], profile.num_segments, rule, embeddings.device)
             weights = image_query_weights(rule, embeddings, layout)
         hidden, positions = embeddings, torch.arange(tokens, device=embeddings.device)
         kept: list[torch.Tensor] = []

@@ -29,7 +29,7 @@ from eos_search.examples import Prepared
 from eos_search.reference import rotated_queries_and_keys
 from eos_search.structure import Rules, Structure
 from eos_search.theta import KINDS, ThetaValues
-from eos_vllm.core.layout import BatchLayout, ReducerStep, Row, build_layout
+from eos_vllm.core.layout import BatchLayout, Entry, ReducerStep, build_layout
 from eos_vllm.core.operator import OperatorParams
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 from eos_vllm.core.reduction import reduce_tokens
@@ -165,7 +165,7 @@ class RelaxedModel:
             none = tuple((span.length,) for span in example.spans)
             return RequestPlan(example.prompt_length, tuple(example.spans), none), None
         plan = Planner(structure.profile).plan(range(example.prompt_length), example.spans)
-        row = Row(len(example.embeddings), plan)
+        row = Entry(len(example.embeddings), plan)
         rule = self.rules.importance.queries
         return plan, build_layout([row], plan.num_segments, rule, example.embeddings.device)
 
@@ -177,7 +177,7 @@ class RelaxedModel:
         spans = tuple(ImageSpan(plan.segment_start(i, segment), left[i]) for i in images)
         length = plan.segment_length(segment, plan.prompt_length)
         would = RequestPlan(length, spans, tuple((tokens, min(count, tokens)) for tokens in left))
-        row = Row(len(flow.hidden), would)
+        row = Entry(len(flow.hidden), would)
         return build_layout([row], 2, self.rules.importance.queries, flow.hidden.device).steps[0]
 
     def _layer(self, layer: Any, hidden: torch.Tensor, rotary: Rotary, presence: torch.Tensor) -> torch.Tensor:

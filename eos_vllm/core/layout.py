@@ -15,7 +15,7 @@ from eos_vllm.core.profile import QueryRule
 
 
 @dataclass(frozen=True)
-class Row:
+class Entry:
     """One request's tokens in a forward pass, behind ``computed`` earlier ones whose KV is cached."""
 
     num_tokens: int
@@ -151,11 +151,11 @@ class _Image:
         return [(a - plan.lost[n][segment] + first_row, b - plan.lost[n][segment] + first_row) for a, b, n in runs]
 
 
-def build_layout(rows: Sequence[Row], num_segments: int, rule: QueryRule, device: torch.device) -> BatchLayout:
+def build_layout(entries: Sequence[Entry], num_segments: int, rule: QueryRule, device: torch.device) -> BatchLayout:
     """Lays out a batch that holds at least one image to reduce.
 
     Args:
-        rows: the requests in batch order; an image is in a step with its whole window.
+        entries: the requests in batch order; an image is in a step with its whole window.
         num_segments: reducers plus one.
         rule: query rule; ``last_text`` needs only one query per image.
         device: where the tensors go.
@@ -166,23 +166,23 @@ def build_layout(rows: Sequence[Row], num_segments: int, rule: QueryRule, device
     Raises:
         ValueError: a step holds an image without its window.
     """
-    computed = np.array([row.computed for row in rows])
+    computed = np.array([entry.computed for entry in entries])
     cached = np.tile(computed, (num_segments, 1))
-    lengths = np.tile(np.array([row.num_tokens for row in rows]), (num_segments, 1))
+    lengths = np.tile(np.array([entry.num_tokens for entry in entries]), (num_segments, 1))
     images: list[_Image] = []
     # Few requests differ in what is gone of them: each kind is looked up, not each request.
     kinds: dict[tuple[int, ...], int] = {(0,) * num_segments: 0}
-    gone = [0] * len(rows)
-    for r, row in enumerate(rows):
-        if (plan := row.plan) is None:
+    gone = [0] * len(entries)
+    for r, entry in enumerate(entries):
+        if (plan := entry.plan) is None:
             continue
-        if row.computed >= plan.images_end:  # a decode step, or text behind the images: nothing of it goes
+        if entry.computed >= plan.images_end:  # a decode step, or text behind the images: nothing of it goes
             gone[r] = kinds.setdefault(plan.removed, len(kinds))
             continue
         for s in range(1, num_segments):
-            cached[s, r] = plan.segment_length(s, row.computed)
-            lengths[s, r] = plan.segment_length(s, row.computed + row.num_tokens) - cached[s, r]
-        images.extend(_Image(r, plan, i) for i in plan.images_in(row.computed, row.computed + row.num_tokens))
+            cached[s, r] = plan.segment_length(s, entry.computed)
+            lengths[s, r] = plan.segment_length(s, entry.computed + entry.num_tokens) - cached[s, r]
+        images.extend(_Image(r, plan, i) for i in plan.images_in(entry.computed, entry.computed + entry.num_tokens))
     cached -= np.array(list(kinds)).T[:, gone]
     starts = np.concatenate([np.zeros((num_segments, 1), np.int64), lengths.cumsum(axis=1)], axis=1)
     # Row of each request's token 0, were it in this step.

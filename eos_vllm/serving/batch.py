@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from eos_vllm.core.layout import BatchLayout, Row, build_layout
+from eos_vllm.core.layout import BatchLayout, Entry, build_layout
 from eos_vllm.core.plan import RequestPlan
 from eos_vllm.core.profile import Profile
 
 
-class BatchRow(NamedTuple):
+class StepEntry(NamedTuple):
     """One request in the step: its plan (None where it reduces nothing), tokens computed before, tokens scheduled.
 
     A tuple, for one is made per request and decode step.
@@ -41,19 +41,19 @@ class SegmentGeometry:
 
     Attributes:
         metadata: vLLM's metadata with the segment's lengths (block table and slots are still another group's).
-        rows: request of each token ``[tokens]``.
+        requests: request of each token ``[tokens]``.
         positions: index of each token among the tokens that the segment caches of its request ``[tokens]``.
     """
 
     metadata: CommonAttentionMetadata
-    rows: torch.Tensor
+    requests: torch.Tensor
     positions: torch.Tensor
     _places: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the segment caches in this step, padding left out."""
-        return self.rows.shape[0]
+        return self.requests.shape[0]
 
     def places(self, width: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the tokens go, before it is known which blocks are the requests'; the same for a segment's KV groups.
@@ -68,7 +68,7 @@ class SegmentGeometry:
         if (known := self._places.get((width, block_size))) is None:
             block = self.positions // block_size
             offset = torch.sub(self.positions, block, alpha=block_size)
-            known = self._places[width, block_size] = torch.add(block, self.rows, alpha=width), offset
+            known = self._places[width, block_size] = torch.add(block, self.requests, alpha=width), offset
         return known
 
 
@@ -84,7 +84,7 @@ class BatchState:
         self.num_segments = profile.num_segments
         self.max_requests = max_requests
         self.device = device
-        self.rows: list[Row] = []
+        self.entries: list[Entry] = []
         self.layout: BatchLayout | None = None
         self.prefills_images = False
         self.is_real = False
@@ -145,48 +145,48 @@ class BatchState:
         self.built = None
         self._tokens, self.is_real = tokens, is_real
 
-    def begin(self, rows: Sequence[BatchRow] | None, requests: Sequence[Any] = ()) -> None:
-        """Takes over the rows of a step before any metadata is built; None for vLLM's dummy runs.
+    def begin(self, entries: Sequence[StepEntry] | None, requests: Sequence[Any] = ()) -> None:
+        """Takes over the requests of a step before any metadata is built; None for vLLM's dummy runs.
 
         Args:
-            rows: of the step.
+            entries: the requests of the step, in batch order.
             requests: as in :meth:`goes_on`, where the next step may be asked so.
 
         Raises:
             RuntimeError: the reduction of the last step did not run.
             ValueError: an image comes without its window, which the scheduler must never let happen.
         """
-        self._next_step(sum(row.scheduled for row in rows or ()), rows is not None)
-        rows = rows or ()
+        self._next_step(sum(entry.scheduled for entry in entries or ()), entries is not None)
+        entries = entries or ()
         self._requests = list(requests)
-        self._settled = bool(requests) and all(r.plan is None or r.computed >= r.plan.images_end for r in rows)
-        self._images_end[: len(rows)] = [0 if r.plan is None else r.plan.images_end for r in rows]
+        self._settled = bool(requests) and all(e.plan is None or e.computed >= e.plan.images_end for e in entries)
+        self._images_end[: len(entries)] = [0 if e.plan is None else e.plan.images_end for e in entries]
         self._removed[:] = 0
         self._query_removed[:] = 0
         self.prefills_images = False
-        for i, row in enumerate(rows):
-            if row.plan is None:
+        for i, entry in enumerate(entries):
+            if entry.plan is None:
                 continue
-            if row.computed >= row.plan.images_end:
-                self._removed[:, i] = row.plan.removed
+            if entry.computed >= entry.plan.images_end:
+                self._removed[:, i] = entry.plan.removed
                 continue
-            end = row.computed + row.scheduled
+            end = entry.computed + entry.scheduled
             before, after = (
-                [n - row.plan.segment_length(s, n) for s in range(self.num_segments)] for n in (row.computed, end)
+                [n - entry.plan.segment_length(s, n) for s in range(self.num_segments)] for n in (entry.computed, end)
             )
             self._removed[:, i] = after
             self._query_removed[:, i] = np.subtract(after, before)
-            self.prefills_images |= bool(row.plan.images_in(row.computed, end))
-        self.take_images(rows if self.prefills_images else ())
+            self.prefills_images |= bool(entry.plan.images_in(entry.computed, end))
+        self.take_images(entries if self.prefills_images else ())
         self.uniform = self.device.type == "cpu" and not self._removed.any() and not self.prefills_images
         self._removed_device.copy_(_to_device(self._removed, self.device))
 
-    def take_images(self, rows: Sequence[BatchRow]) -> None:
-        """Lays out the rows of a step that prefills images for the reducing pass; none for other steps."""
-        self.rows = [Row(row.scheduled, row.plan, row.computed) for row in rows]
+    def take_images(self, entries: Sequence[StepEntry]) -> None:
+        """Lays out the requests of a step that prefills images for the reducing pass; none for other steps."""
+        self.entries = [Entry(entry.scheduled, entry.plan, entry.computed) for entry in entries]
         self.layout = None
-        if rows:
-            self.layout = build_layout(self.rows, self.num_segments, self.profile.importance.queries, self.device)
+        if entries:
+            self.layout = build_layout(self.entries, self.num_segments, self.profile.importance.queries, self.device)
 
     def geometry(self, segment: int, common: CommonAttentionMetadata) -> SegmentGeometry:
         """The segment's view of vLLM's metadata; computed once per step and segment, whatever its KV groups."""

@@ -124,7 +124,7 @@ class Reduction:
         """
         profile, layout, padded = self.profile, self.batch.layout, positions.shape[0]
         assert layout is not None
-        tokens = sum(row.num_tokens for row in self.batch.rows)
+        tokens = sum(entry.num_tokens for entry in self.batch.entries)
         origin: torch.Tensor | None = None
         residual: torch.Tensor | None = None
         if received is None:

@@ -17,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from eos_vllm.core.plan import ImageSpan, RequestPlan
-from eos_vllm.serving.batch import BatchRow
+from eos_vllm.serving.batch import StepEntry
 from eos_vllm.serving.kv_cache import planned_blocks, segments_of_groups
 from eos_vllm.serving.metrics import Counters
 
@@ -75,7 +75,7 @@ def rehearse_memory(runner: Any, reduction: Any) -> None:
         return
     batch, weights = reduction.batch, reduction.decoder.norm.weight
     tokens = sum(request.tokens for request in made)
-    batch.take_images([BatchRow(r.name, r.plan, 0, r.tokens) for r in made])
+    batch.take_images([StepEntry(r.name, r.plan, 0, r.tokens) for r in made])
     with (
         _counted_apart(reduction),
         torch.inference_mode(),

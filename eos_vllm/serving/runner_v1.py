@@ -15,7 +15,7 @@ from vllm.v1.worker.block_table import SlotMappingMode
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from eos_vllm.serving.attention import PADDING_SLOT
-from eos_vllm.serving.batch import BatchRow
+from eos_vllm.serving.batch import StepEntry
 from eos_vllm.serving.cached_keys import prove_key_reading
 from eos_vllm.serving.options import reads_cached_keys
 from eos_vllm.serving.proof import prove_worker
@@ -118,5 +118,5 @@ def _begin(runner: Any, reduction: Any, scheduled: dict[str, int] | None) -> Non
                 reduction.planner, state.prompt_token_ids or (), state.mm_features, state.sampling_params
             )
             plan = state.eos_plan = plan if plan.reduces else None
-        rows.append(BatchRow(name, plan, int(computed[i]), scheduled[name]))
+        rows.append(StepEntry(name, plan, int(computed[i]), scheduled[name]))
     reduction.batch.begin(rows, states)

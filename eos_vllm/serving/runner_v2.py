@@ -1,8 +1,8 @@
 """The V2 model runner's part: a model state, which is vLLM's own extension point, and the rehearsal.
 
-The state tells the batch what is in each step. Two methods of the runner are wrapped beside it. Symptom without: nothing
-is rehearsed, for a state knows no runner. Why safe: vLLM's methods are called with the very arguments. Can go when a
-state may warm up.
+The state tells the batch what is in each step. Two methods of the runner are wrapped beside it. Symptom without them:
+no image is rehearsed, for a state knows no runner. Why safe: vLLM's methods are called with the very arguments. Can
+go when a state may warm up.
 """
 
 import functools
@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from eos_vllm.core.plan import RequestPlan
-from eos_vllm.serving.batch import BatchRow
+from eos_vllm.serving.batch import StepEntry
 from eos_vllm.serving.cached_keys import prove_key_reading
 from eos_vllm.serving.options import reads_cached_keys
 from eos_vllm.serving.proof import prove_worker
@@ -107,7 +107,7 @@ class EosModelState(DefaultModelState):
         computed, scheduled = batch.num_computed_tokens_np, batch.num_scheduled_tokens[: len(names)]
         if not self.reduction.batch.goes_on(planned, computed, int(scheduled.sum())):
             rows = [
-                BatchRow(name, entry.plan, int(done), int(count))  # type: ignore[union-attr]
+                StepEntry(name, entry.plan, int(done), int(count))  # type: ignore[union-attr]
                 for name, entry, done, count in zip(names, planned, computed, scheduled, strict=False)
             ]
             self.reduction.batch.begin(rows, planned)

@@ -8,8 +8,10 @@ import pytest
 
 from support.engines import BlockWatch, engine, free_blocks, mixed_asks, params_of, prompt_of, scheduler_of
 from support.profiles import make_profile
+from support.runner_v2 import is_wanted
 
-REQUESTS = 500
+# Few where Triton interprets the kernels.
+REQUESTS = 48 if is_wanted() else 500
 
 
 def test_the_pool_is_as_empty_as_at_start(tiny_model: Path) -> None:
@@ -41,7 +43,7 @@ def test_the_pool_is_as_empty_as_at_start(tiny_model: Path) -> None:
         assert aborted > REQUESTS // 4
         assert finished + aborted == REQUESTS
         assert watch.errors == []
-        assert watch.reduced > 1000
+        assert watch.reduced > 2 * REQUESTS
         assert free_blocks(llm) == free
         assert sum(scheduler_of(llm).blocks_held()) == 0
         assert not scheduler_of(llm).plans

@@ -14,7 +14,7 @@ from eos_search.objective import Objective, reference_rows, task_terms
 from eos_search.relaxed import Relaxation, RelaxedModel, keep_probability
 from eos_search.structure import Rules, read_structure
 from eos_search.theta import KINDS, Theta, ThetaValues
-from eos_vllm.core.layout import Row, build_layout
+from eos_vllm.core.layout import Entry, build_layout
 from eos_vllm.core.plan import ImageSpan, RequestPlan
 
 Small = tuple[Any, Any]
@@ -168,7 +168,7 @@ def test_weights_stay_frozen(small: Small) -> None:
 def test_keep_probabilities_are_equation_12() -> None:
     spans = (ImageSpan(1, 5),)
     plan = RequestPlan(8, spans, ((5, 2),))
-    step = build_layout([Row(8, plan)], 2, "all_text", torch.device("cpu")).steps[0]
+    step = build_layout([Entry(8, plan)], 2, "all_text", torch.device("cpu")).steps[0]
     scores = torch.tensor([[0.1, 0.5, 0.2, 0.4, 0.3]], requires_grad=True)
     gate = torch.tensor(0.8, requires_grad=True)
     discard = torch.tensor(0.6, requires_grad=True)
@@ -187,7 +187,7 @@ def test_keep_probabilities_are_equation_12() -> None:
 
 def test_scores_of_zero_break_nothing() -> None:
     step = build_layout(
-        [Row(8, RequestPlan(8, (ImageSpan(1, 5),), ((5, 2),)))], 2, "all_text", torch.device("cpu")
+        [Entry(8, RequestPlan(8, (ImageSpan(1, 5),), ((5, 2),)))], 2, "all_text", torch.device("cpu")
     ).steps[0]
     keep = keep_probability(step, [torch.zeros(1, 5)], torch.tensor(0.5), 10.0, 8)
     assert keep.isfinite().all()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unit_builders import Prompt, batches, make_profile
 
-from eos_vllm.core.layout import BatchLayout, Row, build_layout
+from eos_vllm.core.layout import BatchLayout, Entry, build_layout
 from eos_vllm.core.plan import Planner
 
 PLANNER = Planner(make_profile((0, 2, 3), (0.4, 0.3, 0.5), visual=8, tokens=2))
@@ -116,7 +116,7 @@ def test_images_with_equal_counts_share_one_group_across_requests_and_budgets() 
     prompts = [Prompt(1, ((8, 2), (8, 1))), Prompt(0, ((8, 4),)), Prompt(3, ((2, 1),)), Prompt(2, ((8, 2),))]
     budgets = [2, 2, 2, 3]
     rows = [p.row(PLANNER, budget) for p, budget in zip(prompts, budgets, strict=True)]
-    layout = build_layout([*rows, Row(1)], 4, "all_text", CPU)
+    layout = build_layout([*rows, Entry(1)], 4, "all_text", CPU)
     last = {(g.total, g.keep): g.images.tolist() for g in layout.steps[2].groups}
     two, three = PLANNER.counts(2), PLANNER.counts(3)
     assert last == {(two[1], 2): [0, 1, 2], (three[1], 3): [4]}
@@ -124,7 +124,7 @@ def test_images_with_equal_counts_share_one_group_across_requests_and_budgets() 
 
 
 def test_a_step_that_reduces_nothing_passes_all_rows() -> None:
-    layout = build_layout([Prompt(2, ((8, 3),)).row(PLANNER, budget=8), Row(1)], 4, "all_text", CPU)
+    layout = build_layout([Prompt(2, ((8, 3),)).row(PLANNER, budget=8), Entry(1)], 4, "all_text", CPU)
     for step in layout.steps:
         assert step.groups == ()
         assert step.source.tolist() == list(range(14))

@@ -5,7 +5,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from eos_vllm.core.layout import Row
+from eos_vllm.core.layout import Entry
 from eos_vllm.core.plan import ImageSpan, Planner
 from eos_vllm.core.profile import Profile, parse_profile
 
@@ -72,10 +72,10 @@ class Prompt:
             position += image + text
         return spans
 
-    def row(self, planner: Planner, budget: int | None = None) -> Row:
+    def row(self, planner: Planner, budget: int | None = None) -> Entry:
         """The row of a batch that holds the whole prompt and the generated tokens."""
         plan = planner.plan(self.length, self.spans, budget) if self.images else None
-        return Row(self.length + self.generated, plan)
+        return Entry(self.length + self.generated, plan)
 
 
 def prompts(longest_image: int, with_images: bool = False) -> st.SearchStrategy[Prompt]:
