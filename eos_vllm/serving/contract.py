@@ -87,7 +87,7 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Takes("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
         Takes("vllm.v1.engine.input_processor:InputProcessor.process_inputs", ("request_id", "prompt", "params")),
         Takes("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("self", "request")),
-        Takes("vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.__init__", ("engine_client",)),
+        Takes("vllm.entrypoints.generate.base.serving:GenerateBaseServing.__init__", ("engine_client",)),
         Has("vllm.engine.protocol:EngineClient", ("vllm_config",)),
         Takes("vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search", ("prompts",)),
         Takes("vllm.renderers.chat_utils:has_non_text_content", ("messages",)),
