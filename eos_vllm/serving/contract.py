@@ -97,6 +97,7 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
             ("scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
         ),
         Takes("vllm.v1.metrics.loggers:StatLoggerManager.log", ("self",)),
+        Takes("vllm.v1.kv_cache_interface:get_kv_quant_mode", ("kv_cache_dtype",)),
         Has("vllm.config:CUDAGraphMode", ("FULL", "FULL_DECODE_ONLY")),
         Has("vllm.config:CompilationMode", ("STOCK_TORCH_COMPILE",)),
         Takes("vllm.compilation.breakable_cudagraph:is_breakable_cudagraph_enabled", ()),
