@@ -75,7 +75,35 @@ class Fields:
             yield f"{self.where} has an unknown field {name!r}"
 
 
-Reliance = Takes | Has | Fields
+@dataclass(frozen=True)
+class Overrides:
+    """A class of ours over one of vLLM's: what it overrides takes whatever vLLM's takes, so that no call can fail."""
+
+    where: str
+    ours: str
+
+    def methods(self) -> Iterator[tuple[str, Any, Any]]:
+        """Name, vLLM's and ours of each overridden method."""
+        theirs, ours = find(self.where), find(self.ours)
+        for name, method in vars(ours).items():
+            if inspect.isfunction(method) and inspect.isfunction(getattr(theirs, name, None)) and name != "__init__":
+                yield name, getattr(theirs, name), method
+
+    def problems(self) -> Iterator[str]:
+        """What ours does not take."""
+        if find(self.where) is None:
+            yield f"{self.where} is gone"
+            return
+        for name, theirs, ours in self.methods():
+            taken = inspect.signature(ours).parameters
+            if {p.kind for p in taken.values()} >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+                continue
+            for parameter in inspect.signature(theirs).parameters:
+                if parameter not in taken:
+                    yield f"{self.where}.{name} has an unknown parameter {parameter!r}"
+
+
+Reliance = Takes | Has | Fields | Overrides
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
@@ -87,7 +115,7 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Takes("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
         Takes("vllm.v1.engine.input_processor:InputProcessor.process_inputs", ("request_id", "prompt", "params")),
         Takes("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", ("self", "request")),
-        Takes("vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.__init__", ("engine_client",)),
+        Takes("vllm.entrypoints.generate.base.serving:GenerateBaseServing.__init__", ("engine_client",)),
         Has("vllm.engine.protocol:EngineClient", ("vllm_config",)),
         Takes("vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search", ("prompts",)),
         Takes("vllm.renderers.chat_utils:has_non_text_content", ("messages",)),
@@ -97,6 +125,7 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
             ("scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
         ),
         Takes("vllm.v1.metrics.loggers:StatLoggerManager.log", ("self",)),
+        Takes("vllm.v1.kv_cache_interface:get_kv_quant_mode", ("kv_cache_dtype",)),
         Has("vllm.config:CUDAGraphMode", ("FULL", "FULL_DECODE_ONLY")),
         Has("vllm.config:CompilationMode", ("STOCK_TORCH_COMPILE",)),
         Takes("vllm.compilation.breakable_cudagraph:is_breakable_cudagraph_enabled", ()),
@@ -143,6 +172,9 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Takes("vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys", ("request",)),
         Takes("vllm.v1.core.kv_cache_utils:hash_block_tokens", ()),
         Has("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry", ("_ensure_registered", "register")),
+        Overrides(_SCHEDULER, "eos_vllm.serving.scheduler:EosSchedulerMixin"),
+        Overrides(_COORDINATOR, "eos_vllm.serving.coordinator:SegmentCoordinator"),
+        Overrides(_MANAGER, "eos_vllm.serving.kv_cache:SegmentManager"),
     ),
     "worker": (
         Takes(f"{_RUNNER}._build_attention_metadata", ("num_scheduled_tokens", "for_cudagraph_capture")),

@@ -131,7 +131,7 @@ def _with_profile(create_engine_config: Callable) -> Callable:
 
 
 def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwargs: dict) -> Any:
-    from vllm.utils.torch_utils import is_quantized_kv_cache
+    from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
     options = resolve_options(engine_args.additional_config[KEY])
     engine_args.additional_config = {**engine_args.additional_config, KEY: options}
@@ -140,7 +140,7 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
     # vLLM puts its defaults in the place of what was left out.
     asked = [name for name in _READ_CACHED_KEYS if getattr(engine_args, name) is True]
     config = create_engine_config(engine_args, *args, **kwargs)
-    if is_quantized_kv_cache(config.cache_config.cache_dtype):
+    if get_kv_quant_mode(config.cache_config.cache_dtype) != KVQuantMode.NONE:
         _turn_off(engine_args, asked, f"keys of a {config.cache_config.cache_dtype} KV cache are not those that score")
         engine_args.max_num_batched_tokens = batched
         config = create_engine_config(engine_args, *args, **kwargs)

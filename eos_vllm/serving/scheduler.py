@@ -62,10 +62,10 @@ class EosSchedulerMixin(Scheduler):
                 self.keys[name] = RequestKeys(request, plan, self.block_size, self.hasher, self.planner.block > 1)
         super().add_request(request)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; tells the coordinator whose blocks it looks for."""
         self.coordinator.looked_up = self.keys.get(request.request_id)
-        return super()._get_local_prefix_cache_hit(request)
+        return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """As vLLM's; counts the images that the step reduces."""
@@ -103,18 +103,19 @@ class EosSchedulerMixin(Scheduler):
         num_computed_tokens: int,
         num_new_tokens: int,
         encoder_compute_budget: int,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
         """Ends no step within an image and its window; where encoder or step have no room for both, they wait whole."""
         plan = self.plans.get(request.request_id)
         if plan is None or num_computed_tokens >= plan.images_end:
             return super()._try_schedule_encoder_inputs(
-                request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
+                request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
             )
         wanted = num_new_tokens
         while num_new_tokens := self._whole_spans(plan, num_computed_tokens, num_new_tokens, wanted):
             result = super()._try_schedule_encoder_inputs(
-                request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
+                request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
             )
             if result[1] == num_new_tokens:
                 return result

@@ -2,11 +2,12 @@
 
 import dataclasses
 import importlib
+import inspect
 from typing import Any
 
 import pytest
 
-from eos_vllm.serving.contract import RELIANCES, Fields, Has, Reliance, Takes, check_contract, find
+from eos_vllm.serving.contract import RELIANCES, Fields, Has, Overrides, Reliance, Takes, check_contract, find
 
 LINES = [(process, line) for process, lines in RELIANCES.items() for line in lines]
 
@@ -19,6 +20,10 @@ def replaced(where: str, value: Any, patch: pytest.MonkeyPatch) -> None:
     for step in owners:
         owner = getattr(owner, step)
     patch.setattr(owner, name, value)
+
+
+def with_one_more(self: Any, surprise: Any) -> None:
+    """A method that takes something new."""
 
 
 def broken(line: Reliance, patch: pytest.MonkeyPatch) -> str:
@@ -36,6 +41,10 @@ def broken(line: Reliance, patch: pytest.MonkeyPatch) -> str:
         else:
             replaced(line.where, type("Emptied", (), {}), patch)
         return f"{line.where} has no {line.names[-1]!r}"
+    if isinstance(line, Overrides):
+        name = next(name for name, _, ours in line.methods() if "kwargs" not in inspect.signature(ours).parameters)
+        replaced(f"{line.where}.{name}", with_one_more, patch)
+        return f"{line.where}.{name} has an unknown parameter 'surprise'"
     replaced(line.where, dataclasses.make_dataclass("Grown", [*line.names, "surprise"]), patch)
     return f"{line.where} has an unknown field 'surprise'"
 
