@@ -194,12 +194,13 @@ def build_layout(entries: Sequence[Entry], num_segments: int, rule: QueryRule, d
     by_length: dict[int, list[int]] = {}
     for n, image in enumerate(images):
         by_length.setdefault(image.plan.spans[image.index].length, []).append(n)
-    visual = [
-        (total, upload.add(ns), upload.add([_first_visual(images[n], 0, origins) for n in ns]))
-        for total, ns in by_length.items()
-    ]
+    # Row of each image's first token in each segment ``[segments, images]``.
+    firsts = origins[:, [image.request for image in images]]
+    firsts += np.array([[i.plan.segment_start(i.index, s) for i in images] for s in range(num_segments)])
+    visual = [(total, upload.add(ns), upload.add(firsts[0, ns])) for total, ns in by_length.items()]
+    ends = cached + lengths
     drafts = [
-        _StepDraft(images, rule, segment, cached, lengths, starts, origins, upload)
+        _StepDraft(images, rule, segment, cached, ends, starts, origins, firsts, upload)
         for segment in range(num_segments - 1)
     ]
     upload.send()
@@ -211,10 +212,6 @@ def build_layout(entries: Sequence[Entry], num_segments: int, rule: QueryRule, d
         visual_groups=tuple((total, upload.view(ns), upload.view(first)) for total, ns, first in visual),
         segment_lengths=lengths,
     )
-
-
-def _first_visual(image: _Image, segment: int, origins: np.ndarray) -> int:
-    return int(origins[segment, image.request]) + image.plan.segment_start(image.index, segment)
 
 
 def _table(runs: Sequence[Sequence[tuple[int, int]]]) -> tuple[np.ndarray, np.ndarray]:
@@ -241,9 +238,10 @@ class _StepDraft:
         rule: QueryRule,
         segment: int,
         cached: np.ndarray,
-        lengths: np.ndarray,
+        ends: np.ndarray,
         starts: np.ndarray,
         origins: np.ndarray,
+        firsts: np.ndarray,
         upload: _Upload,
     ) -> None:
         after = segment + 1
@@ -253,7 +251,7 @@ class _StepDraft:
         by_counts: dict[tuple[int, int], list[int]] = {}
         for n, image in enumerate(images):
             total, keep = image.plan.kept[image.index][segment : after + 1]
-            gaps[_first_visual(image, after, origins) + keep] += total - keep
+            gaps[firsts[after, n] + keep] += total - keep
             if keep < total:
                 by_counts.setdefault((total, keep), []).append(n)
         self.source = upload.add((np.arange(len(gaps)) + gaps.cumsum())[:-1])
@@ -267,8 +265,8 @@ class _StepDraft:
             group = [images[n] for n in members]
             requests = [image.request for image in group]
             origin = origins[segment, requests]
-            firsts, last_only = origin.tolist(), rule == "last_text"
-            rows, counts = _table([i.query_runs(segment, n, last_only) for i, n in zip(group, firsts, strict=True)])
+            zeros, last_only = origin.tolist(), rule == "last_text"
+            rows, counts = _table([i.query_runs(segment, n, last_only) for i, n in zip(group, zeros, strict=True)])
             visible = np.where(np.arange(rows.shape[1]) < counts[:, None], rows - origin[:, None] + 1, 1)
             last = [int(i.plan.last_token_is_visual and i.index == len(i.plan.spans) - 1) for i in group]
             takes_over = any(r in places for r in requests)
@@ -276,14 +274,14 @@ class _StepDraft:
                 (
                     total,
                     keep,
-                    int((cached + lengths)[segment, requests].max()),
+                    int(ends[segment, requests].max()),
                     [
                         upload.add(members),
                         upload.add(origin),
                         upload.add(cached[segment, requests]) if takes_over else None,
                         upload.add([places.get(r, 0) for r in requests]) if takes_over else None,
-                        upload.add([_first_visual(i, segment, origins) for i in group]),
-                        upload.add([_first_visual(i, after, origins) for i in group]),
+                        upload.add(firsts[segment, members]),
+                        upload.add(firsts[after, members]),
                         upload.add(rows),
                         upload.add(visible),
                         upload.add(last) if any(last) else None,
