@@ -33,7 +33,7 @@ from eos_vllm.serving.metrics import Counters, WorkerLog
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.runner_v1 import hook_v1_runner
 from eos_vllm.serving.stages import EMBEDDINGS, ORIGIN, extend_intermediate_tensors, fill, pack
-from eos_vllm.serving.stretches import Stretch, stretches, vllm_compiles
+from eos_vllm.serving.stretches import Stretch, compiles, stretches
 
 
 class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -95,8 +95,7 @@ class Reduction:
         for index, layer in self.attention.items():
             convert(layer, self.profile.segment_of_layer(index), self.batch)
         self.reducer_after = {layer: i for i, layer in enumerate(self.profile.layers)}
-        compiled = vllm_compiles(vllm_config.compilation_config)
-        self.parts = list(stretches(decoder.layers, self.layers, self.profile.layers, compiled))
+        self.parts = list(stretches(decoder.layers, self.layers, self.profile.layers, compiles(vllm_config)))
         self.join_scores = _mean_over_ranks if get_tensor_model_parallel_world_size() > 1 else None
         self.counters = Counters(len(self.profile.reducers))
         self.log = WorkerLog(self.profile.layers)

@@ -63,9 +63,14 @@ def stretches(layers: Sequence[Any], indices: range, reducing: Sequence[int], co
         yield Stretch(layers[first : indices.stop], compiled)
 
 
-def vllm_compiles(compilation_config: Any) -> bool:
-    """Whether vLLM compiles the model with Inductor."""
+def compiles(vllm_config: Any) -> bool:
+    """Whether stretches are compiled: where vLLM compiles with Inductor, but for adapters.
+
+    LoRA kernels read the adapter of each row from the wrapper's own state, which changes behind every reducer; a graph
+    that took it for constant would multiply by other requests' adapters.
+    """
     from vllm.config import CompilationMode
 
+    config = vllm_config.compilation_config
     modes = (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE)
-    return compilation_config.mode in modes and compilation_config.backend in ("", "inductor")
+    return vllm_config.lora_config is None and config.mode in modes and config.backend in ("", "inductor")

@@ -1,5 +1,6 @@
 """How decoder layers are cut between reducers; what a stretch computes does not depend on its being compiled."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 stretches_module = pytest.importorskip("eos_vllm.serving.stretches")
-Stretch, stretches = stretches_module.Stretch, stretches_module.stretches
+Stretch, stretches, compiles = stretches_module.Stretch, stretches_module.stretches, stretches_module.compiles
 
 
 class Layer(torch.nn.Module):
@@ -49,3 +50,22 @@ def test_compiled_as_eager_for_any_number_of_tokens() -> None:
             positions, hidden = torch.arange(tokens), torch.randn(tokens, 8)
             for ours, theirs in zip(compiled(positions, hidden, None), eager(positions, hidden, None), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend", "lora", "expected"),
+    [
+        ("VLLM_COMPILE", "", None, True),
+        ("DYNAMO_TRACE_ONCE", "inductor", None, True),
+        ("NONE", "inductor", None, False),
+        ("VLLM_COMPILE", "eager", None, False),
+        ("VLLM_COMPILE", "inductor", object(), False),
+    ],
+)
+def test_compiled_where_vllm_compiles_and_no_adapters_are_served(
+    mode: str, backend: str, lora: object, expected: bool
+) -> None:
+    from vllm.config import CompilationMode
+
+    compilation = SimpleNamespace(mode=CompilationMode[mode], backend=backend)
+    assert compiles(SimpleNamespace(compilation_config=compilation, lora_config=lora)) is expected
