@@ -15,7 +15,7 @@ from eos_vllm.core.budget import REQUEST_FIELD
 from eos_vllm.core.errors import BudgetError
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 from eos_vllm.serving.options import planner_of
-from eos_vllm.serving.requests import budget_of, plan_of_features
+from eos_vllm.serving.requests import budget_of, image_spans, plan_of_features
 
 
 def install_request_checks() -> None:
@@ -157,6 +157,9 @@ def check_request(planner: Planner, request: Any, longest_step: int) -> None:
     params = request.sampling_params
     if params is None or not request.mm_features:
         return
+    if params.prompt_logprobs is not None:  # before the plan that is served, which for these reduces nothing
+        would = planner.plan(request.prompt_token_ids or (), image_spans(request.mm_features), budget_of(params))
+        _refuse_prompt_logprobs(planner, would, params.prompt_logprobs)
     plan = plan_of_features(planner, request.prompt_token_ids or (), request.mm_features, params)
     if not plan.reduces:
         return
@@ -175,8 +178,6 @@ def check_request(planner: Planner, request: Any, longest_step: int) -> None:
             parameter="prompt",
             value=longest,
         )
-    if params.prompt_logprobs is not None:
-        _refuse_prompt_logprobs(planner, plan, params.prompt_logprobs)
 
 
 def _refuse_prompt_logprobs(planner: Planner, plan: RequestPlan, value: int) -> None:

@@ -29,6 +29,11 @@ def budget_of(sampling_params: SamplingParams | None) -> int | None:
     return parse_budget(extra[REQUEST_FIELD])
 
 
+def image_spans(features: Sequence[Any] | None) -> list[ImageSpan]:
+    """Where the images of a request stand, from its ``mm_features``."""
+    return [ImageSpan(f.mm_position.offset, f.mm_position.length) for f in features or () if f.modality == "image"]
+
+
 def plan_of_features(
     planner: Planner, prompt: Sequence[int], features: Sequence[Any] | None, sampling_params: SamplingParams | None
 ) -> RequestPlan:
@@ -43,7 +48,7 @@ def plan_of_features(
     if sampling_params is not None and sampling_params.prompt_logprobs is not None:
         # Discarded tokens have no log-probabilities; whatever front end let it through, the answer must be right.
         return planner.plan(prompt, [])
-    spans = [ImageSpan(f.mm_position.offset, f.mm_position.length) for f in features or () if f.modality == "image"]
+    spans = image_spans(features)
     try:
         return planner.plan(prompt, spans, budget_of(sampling_params))
     except BudgetError as e:

@@ -9,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 
 from eos_vllm.core.plan import Planner
 from eos_vllm.serving.request_checks import check_body, check_request
+from eos_vllm.serving.requests import plan_of_features
 from support.profiles import make_profile
 
 ASKED_BY_ALL = Planner(make_profile(), block=32)
@@ -48,13 +49,13 @@ def test_beams_over_images_where_the_beam_would_ask() -> None:
         check_body(ASKED_BY_TURN, body(chat(IMAGE), use_beam_search=True, vllm_xargs={"eos_retain": 32}))
 
 
-def streamed(resumable: bool, images: int, budget: int | None = None) -> Any:
+def made(resumable: bool, images: int, budget: int | None = None, logprobs: int | None = None) -> Any:
     features = [
         SimpleNamespace(modality="image", mm_position=SimpleNamespace(offset=5 + 600 * i, length=576))
         for i in range(images)
     ]
     extra = None if budget is None else {"eos_retain": budget}
-    params = SamplingParams(extra_args=extra)
+    params = SamplingParams(extra_args=extra, prompt_logprobs=logprobs)
     return SimpleNamespace(
         sampling_params=params, mm_features=features, prompt_token_ids=[0] * 1400, resumable=resumable
     )
@@ -62,9 +63,20 @@ def streamed(resumable: bool, images: int, budget: int | None = None) -> Any:
 
 def test_streamed_input_with_images() -> None:
     with pytest.raises(VLLMValidationError, match="streaming input"):
-        check_request(ASKED_BY_ALL, streamed(True, 1), 4096)
-    check_request(ASKED_BY_ALL, streamed(True, 0), 4096)
-    check_request(ASKED_BY_ALL, streamed(True, 1, budget=576), 4096)
-    check_request(ASKED_BY_ALL, streamed(False, 2), 4096)
+        check_request(ASKED_BY_ALL, made(True, 1), 4096)
+    check_request(ASKED_BY_ALL, made(True, 0), 4096)
+    check_request(ASKED_BY_ALL, made(True, 1, budget=576), 4096)
+    check_request(ASKED_BY_ALL, made(False, 2), 4096)
     with pytest.raises(VLLMValidationError, match="a step holds 1000"):
-        check_request(ASKED_BY_ALL, streamed(False, 2), 1000)
+        check_request(ASKED_BY_ALL, made(False, 2), 1000)
+
+
+def test_log_probabilities_of_a_reduced_prompt_from_any_front_end() -> None:
+    """Refused with a word, not served unreduced; and what slips through all the same is right."""
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs=0"):
+        check_request(ASKED_BY_ALL, made(False, 1, logprobs=0), 4096)
+    check_request(ASKED_BY_ALL, made(False, 1, budget=576, logprobs=0), 4096)
+    check_request(ASKED_BY_ALL, made(False, 0, logprobs=0), 4096)
+    slipped = made(False, 1, logprobs=0)
+    plan = plan_of_features(ASKED_BY_ALL, slipped.prompt_token_ids, slipped.mm_features, slipped.sampling_params)
+    assert not plan.reduces
