@@ -3,12 +3,15 @@
 The query choice is a weight vector, not an index list, so that nothing on the device has to be read back.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from eos_vllm.core.profile import QueryRule
+if TYPE_CHECKING:  # profiles know selectors, and these rank by :func:`top_k`
+    from eos_vllm.core.profile import QueryRule
 
 
-def query_weights(rule: QueryRule, visual: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+def query_weights(rule: "QueryRule", visual: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
     """Weight of each text token as a query; every row sums to 1.
 
     ``relevant_text`` is SparseVLM's rater rule on the embeddings that enter decoder layer 0: each visual token spreads

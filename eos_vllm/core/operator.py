@@ -22,6 +22,7 @@ class OperatorParams:
     nu: Scalar
     gate_sharpness: float = 10.0
     norm: Literal["token", "frobenius"] = "token"
+    aggregate: Literal["sum", "mean"] = "sum"
 
     @property
     def is_identity(self) -> bool:
@@ -39,6 +40,8 @@ def unified_operator(
         discards: discarded tokens D, ``[..., M, d]``.
         scores: importance of the discards, ``[..., M]`` (only read where ``rho`` is not 0).
         params: Omega; ``norm="token"`` preserves each token's norm (Listing 1), ``"frobenius"`` the matrix' (Eq. 6).
+            ``aggregate="mean"`` divides what an anchor became by one plus the weight of all that it received, as
+            VScan's and ToMe's means do; ``"sum"`` is Eq. 3.
 
     Returns:
         Tokens ``[..., K, d]`` in the dtype of ``anchors``; computed in float32 throughout.
@@ -51,6 +54,8 @@ def unified_operator(
     assignment = F.softmax(similarity / tau, dim=-1)
     gate = torch.sigmoid(params.gate_sharpness * (similarity.amax(dim=-1) - params.theta))
     out = kept + params.gamma * (assignment.mT @ (gone * gate.unsqueeze(-1)))
+    if params.aggregate == "mean":
+        out = out / (1.0 + params.gamma * (assignment.mT @ gate.unsqueeze(-1)))
     candidate = F.softmax(scores.float(), dim=-1).unsqueeze(-1)
     importance = (F.softmax(similarity, dim=-1) * candidate).sum(dim=-2)
     out = out * (1.0 + params.rho * importance.unsqueeze(-1))

@@ -196,12 +196,12 @@ class RequestPlan:
 
 
 def rounded_count(total: int, keep: int, block: int) -> int:
-    """The count next to ``keep`` that removes whole KV blocks of ``block`` tokens and leaves at least one token.
+    """The count next to ``keep`` that removes whole KV blocks of ``block`` tokens; it is 0 only where ``keep`` is.
 
     A compact block behind an image then covers exactly one block of unreduced tokens, which is what lets vLLM's prefix
     cache share it.
     """
-    return total - min(int((total - keep) / block + 0.5), (total - 1) // block) * block
+    return total - min(int((total - keep) / block + 0.5), (total - (keep > 0)) // block) * block
 
 
 class Planner:
@@ -232,23 +232,49 @@ class Planner:
         Raises:
             BudgetError: as :func:`eos_vllm.core.budget.kept_counts`.
         """
-        budget = self.budget if budget is None else budget
         total = self.profile.model.visual_tokens if total is None else total
-        if (counts := self._counts.get((budget, total))) is None:
+        if self.profile.before is None:
+            return self._inside(budget, total)
+        length = self.image_tokens(budget, total)
+        return (length, *self._inside(budget, length))
+
+    def image_tokens(self, budget: int | None = None, total: int | None = None) -> int:
+        """Tokens that one image has in the prompt: all, or what the reducer before the decoder leaves.
+
+        Where reducers follow, that is whole KV blocks, so that they can remove whole blocks, and withdraw all of them.
+        """
+        total = self.profile.model.visual_tokens if total is None else total
+        if (selector := self.profile.selector) is None:
+            return total
+        keep = min(self._wanted(budget)[0], total)
+        if self.profile.inside and keep < total:
+            keep = min(max(int(keep / self.block + 0.5), 1) * self.block, total)
+        return selector.count(keep, total)
+
+    def _wanted(self, budget: int | None) -> tuple[int, ...]:
+        """Counts after each reducer as the profile says, of images as long as it thinks."""
+        budget = self.budget if budget is None else budget
+        wanted = kept_counts(self.profile, budget)
+        if budget >= self.profile.model.visual_tokens and str(budget) not in self.profile.schedules:
+            return (budget,) * len(wanted)  # no reduction, of images that are longer than the profile's either
+        return wanted
+
+    def _inside(self, budget: int | None, length: int) -> tuple[int, ...]:
+        """Tokens left after each reducer within the decoder of an image of ``length`` tokens in the prompt."""
+        key = self.budget if budget is None else budget, length
+        if (counts := self._counts.get(key)) is None:
             if len(self._counts) >= _REMEMBERED:
                 self._counts.clear()
-            wanted = kept_counts(self.profile, budget)
-            if budget >= self.profile.model.visual_tokens and str(budget) not in self.profile.schedules:
-                wanted = (budget,) * len(wanted)  # no reduction, of images that are longer than the profile's either
-            counts = tuple(rounded_count(total, min(count, total), self.block) for count in wanted)
-            self._counts[budget, total] = counts
+            wanted = self._wanted(budget)[len(self.profile.reducers) - len(self.profile.inside) :]
+            counts = tuple(rounded_count(length, min(count, length), self.block) for count in wanted)
+            self._counts[key] = counts
         return counts
 
     def plan(self, prompt: Sequence[int] | int, spans: Sequence[ImageSpan], budget: int | None = None) -> RequestPlan:
         """Plans one request.
 
         Args:
-            prompt: its tokens, each image with all its visual tokens. Their number does where the profile's window is
+            prompt: its tokens, each image with all the visual tokens that enter the decoder. Their number does where the profile's window is
                 the whole prompt.
             spans: where the images are; sorted here.
             budget: retain budget per image, as the request names it.
@@ -270,6 +296,9 @@ class Planner:
         overlap = any(a.end > b.start for a, b in itertools.pairwise(ordered))
         if overlap or ordered[0].start < 0 or ordered[-1].end > len(prompt):
             raise ValueError(f"image spans {ordered} overlap or leave the prompt of {len(prompt)} tokens")
-        kept = tuple((span.length, *self.counts(budget, span.length)) for span in ordered)
+        kept = tuple((span.length, *self._inside(budget, span.length)) for span in ordered)
+        if ordered[-1].end == len(prompt) and kept[-1][-1] == 0:
+            # The sampler reads the last token, so it cannot be withdrawn.
+            kept = (*kept[:-1], (*kept[-1][:-1], rounded_count(ordered[-1].length, 1, self.block)))
         asked = IMAGE_QUERIES if self.rule.kind == "image" else 0
         return RequestPlan(len(prompt), ordered, kept, self.rule.ends(prompt, ordered), asked)
