@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from eos_vllm.analysis.cost import Geometry, PromptCost, prompt_cost
-from eos_vllm.core.budget import layer_average
+from eos_vllm.analysis.cost import Geometry, PromptCost, flops_crossover, prompt_cost
+from eos_vllm.core.budget import cost, layer_average
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
-from eos_vllm.core.profile import check_fits
+from eos_vllm.core.profile import SCHEMA, BudgetMeasure, Profile, check_fits, parse_profile
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class CostComparison:
         return 1.0 / self.flops_ratio
 
     @property
+    def visual_kv_ratio(self) -> float:
+        """KV bytes of visual tokens, reduced by stock, not rounded to blocks."""
+        return self.reduced.visual_kv_bytes / self.stock.visual_kv_bytes
+
+    @property
     def kv_ratio(self) -> float:
         """KV memory held, reduced by stock, in whole blocks: 1 / it is how many times the requests fit."""
         return self.reduced.allocated_bytes / self.stock.allocated_bytes
@@ -41,8 +46,9 @@ class CostComparison:
         return {
             "budget": self.budget,
             "counts": list(self.counts),
-            "final": self.final,
             "layer_average": self.layer_average,
+            "visual_kv_ratio": self.visual_kv_ratio,
+            "final": self.final,
             "flops_ratio": self.flops_ratio,
             "prefill_ceiling": self.prefill_ceiling,
             "kv_ratio": self.kv_ratio,
@@ -75,18 +81,35 @@ def compare(
         raise SettingError("text-tokens", text_tokens, "there is no negative text", "give 0 or more")
     if images < 1:
         raise SettingError("images", images, "without an image nothing is reduced", "give 1 or more")
-    visual = profile.model.visual_tokens
-    spans = [ImageSpan(i * visual, visual) for i in range(images)]
-    length = images * visual + text_tokens
+    visual, entering = profile.model.visual_tokens, planner.image_tokens(budget)
+    spans, whole = ([ImageSpan(i * n, n) for i in range(images)] for n in (entering, visual))
     counts = planner.counts(budget)
-    unreduced = RequestPlan(length, tuple(spans), ((visual,),) * images)
+    unreduced = RequestPlan(images * visual + text_tokens, tuple(whole), ((visual,),) * images)
     return CostComparison(
         budget=planner.budget if budget is None else budget,
         counts=counts,
-        final=counts[-1],
+        final=int(cost(profile, counts, "final")),
         layer_average=layer_average(profile, counts),
         stock=prompt_cost(geometry, unreduced, (geometry.num_decoder_layers,), dtype, block_size),
         reduced=prompt_cost(
-            geometry, planner.plan(range(length), spans, budget), profile.segment_layers(), dtype, block_size
+            geometry,
+            planner.plan(range(images * entering + text_tokens), spans, budget),
+            profile.segment_layers(),
+            dtype,
+            block_size,
         ),
     )
+
+
+def measured_by(profile: Profile, measure: BudgetMeasure, geometry: Geometry) -> Profile:
+    """The profile with its budgets read by ``measure``, and no published schedule: to compare it at equal cost.
+
+    Raises:
+        ProfileError: the profile cannot be measured so.
+    """
+    data = profile.to_dict()
+    data |= {"schema": SCHEMA, "schedules": {}}
+    data["importance"] |= {} if profile.window == "image" else {"window": profile.window}
+    data["model"]["flops_crossover"] = flops_crossover(geometry)
+    data["budget"]["measure"] = measure
+    return parse_profile(data, profile.name)

@@ -54,6 +54,13 @@ def layer_flops(geometry: Geometry, tokens: int) -> int:
     return 2 * (projections + attention + mlp)
 
 
+def flops_crossover(geometry: Geometry) -> int:
+    """Tokens at which the square of attention costs as many FLOPs as a layer's matrices (``model.flops_crossover``)."""
+    queries = geometry.num_attention_heads * geometry.head_dim
+    matrices = layer_flops(geometry, 1) - 4 * queries
+    return max(1, round(matrices / (4 * queries)))
+
+
 def kv_bytes_per_token(geometry: Geometry, dtype: str = "float16") -> int:
     """Bytes that one decoder layer caches for one token: a key and a value for each of its key heads.
 

@@ -1,11 +1,12 @@
 """One profile made to fit another budget (paper 2.6) or another model: pure functions from profile to profile."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from eos_vllm.core.budget import kept_counts
 from eos_vllm.core.errors import ProfileError
-from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.core.profile import SCHEMA, Profile, WindowKind, parse_profile
 
 _DESCRIPTION_LIMIT = 4000
 
@@ -73,7 +74,7 @@ def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int
     layers = scale_layers(profile.layers, model.num_decoder_layers, num_decoder_layers)
 
     def tokens(count: int) -> int:
-        return max(1, math.floor(count * visual_tokens / model.visual_tokens + 0.5))
+        return count and max(1, math.floor(count * visual_tokens / model.visual_tokens + 0.5))
 
     origin = f"Scaled from {profile.name} ({model.num_decoder_layers} layers, {model.visual_tokens} visual tokens)"
     about = f"; of that one is said: {profile.description}" if profile.description else ""
@@ -81,7 +82,9 @@ def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int
     data["name"] = name or f"{profile.name}-{num_decoder_layers}-layers"
     data["description"] = (origin + about)[:_DESCRIPTION_LIMIT].rstrip()
     data["model"] |= {"num_decoder_layers": num_decoder_layers, "visual_tokens": visual_tokens}
-    for reducer, layer in zip(data["reducers"], layers, strict=True):
+    if debias := data["importance"].get("debias"):
+        _refuse_debias(profile, debias, visual_tokens)
+    for reducer, layer in zip(data["reducers"][-len(layers) :] if layers else (), layers, strict=True):
         reducer["layer"] = layer
     data["budget"] |= {"tokens": tokens(profile.budget.tokens), "minimum": tokens(profile.budget.minimum)}
     # Ascending, so that of budgets that fall together the largest wins, whatever the order in the file.
@@ -93,3 +96,21 @@ def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int
     scaled = parse_profile(data, data["name"])
     kept_counts(scaled)
     return scaled
+
+
+def _refuse_debias(profile: Profile, debias: Sequence[float], visual_tokens: int) -> None:
+    if len(debias) != visual_tokens:
+        problem = f"it was measured on {len(debias)} places of an image"
+        raise ProfileError("importance.debias", profile.name, problem, "leave it out, or measure it on the other model")
+
+
+def upgrade(profile: Profile, window: WindowKind | None = None) -> Profile:
+    """The profile in schema ``eos-profile/2``. It means what it meant, unless another ``window`` is asked for.
+
+    Raises:
+        ProfileError: a window for a profile whose image asks.
+    """
+    data = profile.to_dict() | {"schema": SCHEMA}
+    if profile.window != "image" or window is not None:
+        data["importance"]["window"] = window or profile.window
+    return parse_profile(data, profile.name)

@@ -142,8 +142,8 @@ def ask_all(server: Server, profile: Profile, token_bytes: int) -> list[Row]:
                 extra_body=extra,
             )
             elapsed = (time.monotonic() - start) * 1000
-            plan = planner.plan(range(total), [ImageSpan(0, total)], budget)
-            kept = plan.kept[0]
+            entering = planner.image_tokens(budget)
+            kept = planner.plan(range(entering + 1), [ImageSpan(0, entering)], budget).kept[0]
             held = sum(n * k for n, k in zip(profile.segment_layers(), kept, strict=True)) * token_bytes
             name = label if budget is None else f"{label} ({budget})"
             text, shown = reply.choices[0].message.content or "", question.text.replace("\n", " ")

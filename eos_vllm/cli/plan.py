@@ -2,15 +2,17 @@
 
 import argparse
 import json
+from typing import get_args
 
 from eos_vllm import profiles
-from eos_vllm.analysis.comparison import CostComparison, compare
+from eos_vllm.analysis.comparison import CostComparison, compare, measured_by
 from eos_vllm.analysis.cost import DTYPE_BYTES
+from eos_vllm.cli.profile import where
 from eos_vllm.cli.shape_model import PRESET_NAMES
 from eos_vllm.core.budget import parse_budget
-from eos_vllm.core.errors import SettingError
+from eos_vllm.core.errors import BudgetError, SettingError
 from eos_vllm.core.plan import Planner
-from eos_vllm.core.profile import Profile
+from eos_vllm.core.profile import BudgetMeasure, Profile
 from eos_vllm.models.geometry import ModelGeometry, geometry
 from eos_vllm.models.model_files import model_config
 from eos_vllm.models.shapes import SHAPES
@@ -25,7 +27,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="print what a profile keeps per layer, and its KV memory and FLOPs against stock",
         description="Plan a prompt under a profile. FLOPs are those of the decoder layers; their ratio is a ceiling.",
     )
-    parser.add_argument("--profile", required=True, metavar="FILE|NAME", help="a profile, or a name of `profile list`")
+    parser.add_argument("--profile", metavar="FILE|NAME", help="a profile, or a name of `profile list`")
+    parser.add_argument(
+        "--compare", metavar="A,B,...", help="instead: profiles in one table at equal cost (--measure, --at)"
+    )
+    parser.add_argument(
+        "--measure", default="layer_average", choices=get_args(BudgetMeasure), help="of --compare (default layer_average)"
+    )
+    parser.add_argument("--at", metavar="N", help="visual tokens by that measure, for --compare")
     parser.add_argument("--model", metavar="DIR|SHAPE", help=f"a directory, or {', '.join((*SHAPES, *PRESET_NAMES))}")
     parser.add_argument("--retain", nargs="+", metavar="N", help="retain budgets (default: the profile's own)")
     parser.add_argument("--text-tokens", type=int, default=88, metavar="N", help="text of the prompt (default 88)")
@@ -41,6 +50,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan for each budget; return 0."""
+    if (args.profile is None) == (args.compare is None):
+        raise SettingError("profile", args.profile, "give --profile or --compare, one of the two", "see --help")
+    if args.compare is not None:
+        return run_compare(args)
     profile = profiles.resolve(args.profile)
     model = find_geometry(profile, args.model)
     planner = Planner(profile, block=1 if args.exact_counts else args.block_size)
@@ -60,11 +73,46 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(head | {"plans": [plan.to_dict() for plan in plans]}, indent=2))
         return 0
     visual = args.images * profile.model.visual_tokens
-    print(f"profile  {profile.name}, reducers after layers {', '.join(map(str, profile.layers))}")
+    print(f"profile  {profile.name}, {where(profile)}")
     print(f"prompt   {args.text_tokens} text + {visual} visual tokens ({args.images} image{'s' * (args.images > 1)})")
     for plan in plans:
         print()
         print(report(plan, profile))
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Print one line for each profile at equal cost by one measure; return 0."""
+    if args.at is None:
+        raise SettingError("at", None, "--compare needs a cost to compare at", "give e.g. --at 64")
+    at = parse_budget(args.at, "at")
+    rows = []
+    for source in args.compare.split(","):
+        profile = profiles.resolve(source.strip())
+        model = find_geometry(profile, args.model)
+        planner = Planner(
+            measured_by(profile, args.measure, model), at, 1 if args.exact_counts else args.block_size
+        )
+        try:
+            plan = compare(model, planner, args.text_tokens, args.images, None, args.dtype, args.block_size)
+        except BudgetError as error:
+            rows.append({"profile": profile.name, "where": where(profile), "refused": error.problem})
+        else:
+            costs = {k: v for k, v in plan.to_dict().items() if k not in ("stock", "reduced", "budget")}
+            rows.append({"profile": profile.name, "where": where(profile), **costs})
+    if args.json:
+        print(json.dumps({"measure": args.measure, "at": at, "profiles": rows}, indent=2))
+        return 0
+    print(f"at {at} visual tokens by {args.measure}, {args.text_tokens} text tokens, {args.images} image(s)")
+    print(f"{'layer avg':>9} {'KV':>6} {'FLOPs':>6} {'final':>5} {'fit':>6}  profile: counts")
+    for row in rows:
+        if "refused" in row:
+            print(f"{'-':>9} {'-':>6} {'-':>6} {'-':>5} {'-':>6}  {row['profile']}: {row['refused']}")
+            continue
+        print(
+            f"{row['layer_average']:9.1f} {row['visual_kv_ratio']:6.1%} {row['flops_ratio']:6.1%} {row['final']:5} "
+            f"{1 / row['kv_ratio']:5.2f}x  {row['profile']}: {', '.join(map(str, row['counts']))} ({row['where']})"
+        )
     return 0
 
 
@@ -97,7 +145,8 @@ def report(plan: CostComparison, profile: Profile) -> str:
     per_layer = stock.segments[0]
     lines = [
         f"retain {plan.budget} ({profile.budget.measure}): keeps {', '.join(map(str, plan.counts))} per image; "
-        f"final {plan.final}, layer_average {plan.layer_average:.1f}",
+        f"layer average {plan.layer_average:.1f}, visual KV {plan.visual_kv_ratio:.1%} of stock's, "
+        f"prefill FLOPs {plan.flops_ratio:.1%}, final {plan.final}",
         f"{'':<7} each layer{'':<48} KV groups",
         _row("layers", "visual", "tokens", "KV MiB", "of stock", "GFLOP", "of stock", "count", "padding", "blocks"),
     ]

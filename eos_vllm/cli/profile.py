@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from eos_vllm import profiles
-from eos_vllm.analysis.scaling import rescale, scale_to_model
-from eos_vllm.core.budget import kept_counts, layer_average, parse_budget
+from eos_vllm.analysis.scaling import rescale, scale_to_model, upgrade
+from eos_vllm.core.budget import kept_counts, measures, parse_budget
 from eos_vllm.core.errors import EosError, SettingError
-from eos_vllm.core.profile import Profile, read_profile
+from eos_vllm.core.profile import Profile, Withdrawal, read_profile
 
 _SOURCE = "a profile file, or a name of `profile list`"
 
@@ -50,6 +50,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     action.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: standard output)")
     action.set_defaults(run=run_scale)
 
+    action = actions.add_parser("upgrade", help="write a profile as eos-profile/2, with the meaning that it has")
+    action.add_argument("source", metavar="FILE|NAME", help=_SOURCE)
+    action.add_argument("--window", choices=("prompt", "turn"), help="another window than the profile's (default: its)")
+    action.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: standard output)")
+    action.set_defaults(run=run_upgrade)
+
     action = actions.add_parser("schema", help="print the JSON schema of eos-profile/2 (and /1)")
     action.set_defaults(run=run_schema)
 
@@ -60,7 +66,7 @@ def run_list(_args: argparse.Namespace) -> int:
     for name in profiles.names():
         profile = profiles.load(name)
         budget = f"{profile.budget.tokens} by {profile.budget.measure}"
-        print(f"{name:<{width}}  {_model(profile)}; after layers {_join(profile.layers)}; {budget}")
+        print(f"{name:<{width}}  {_model(profile)}; {where(profile)}; {budget}")
     return 0
 
 
@@ -72,15 +78,16 @@ def run_show(args: argparse.Namespace) -> int:
     print(f"{profile.name}: {_model(profile)}")
     if profile.description:
         print(profile.description)
-    for index, (reducer, count) in enumerate(zip(profile.reducers, counts, strict=True)):
-        values = f"gamma {reducer.gamma:g}, tau {reducer.tau:g}, theta {reducer.theta:g}, "
-        values += f"rho {reducer.rho:g}, nu {reducer.nu:g}"
-        kind = "prune" if profile.operator_params(index).is_identity else values
-        print(f"  after layer {reducer.layer}: keeps {count} ({kind})")
+    for reducer, count in zip(profile.reducers, counts, strict=True):
+        print(f"  {_reducer(profile, reducer, count)}")
     importance, operator = profile.importance, profile.operator
-    print(f"queries {importance.queries}, heads {importance.heads}, norm {operator.norm}")
+    print(
+        f"queries {importance.queries}, window {profile.window}, heads {importance.heads}, reduce {importance.reduce}, "
+        f"debias {'none' if importance.debias is None else 'a vector'}, norm {operator.norm}, "
+        f"aggregate {operator.aggregate}"
+    )
     source = "a published schedule" if str(budget) in profile.schedules else "the rescaling rule"
-    print(f"retain {budget} by {profile.budget.measure} ({source}): {_measures(profile, counts)}")
+    print(f"retain {budget} by {profile.budget.measure} ({source}): {measures(profile, counts)}")
     if profile.schedules:
         print(f"schedules for {_join(sorted(map(int, profile.schedules)))}")
     return 0
@@ -97,7 +104,7 @@ def run_validate(args: argparse.Namespace) -> int:
             print(f"eos-vllm: error: {error}", file=sys.stderr)
             code = 2
         else:
-            print(f"{file}: valid, {profile.name} keeps {_join(counts)}, {_measures(profile, counts)}")
+            print(f"{file}: valid, {profile.name} keeps {_join(counts)}, {measures(profile, counts)}")
     return code
 
 
@@ -120,6 +127,16 @@ def run_scale(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_upgrade(args: argparse.Namespace) -> int:
+    """Write or print the profile in the newest schema; return 0."""
+    upgraded = upgrade(profiles.resolve(args.source), args.window)
+    if args.out is None:
+        print(_text(upgraded), end="")
+    else:
+        _write(upgraded, args.out)
+    return 0
+
+
 def run_schema(_args: argparse.Namespace) -> int:
     """Print the JSON schema; return 0."""
     print(json.dumps(json_schema(), indent=2))
@@ -131,11 +148,34 @@ def json_schema() -> dict[str, Any]:
     schema = Profile.model_json_schema(by_alias=True)
     schema["description"] = (
         "Operator profile of eos-vllm. Beyond this schema: a file has at most 1 MiB; reducer layers strictly increase "
-        "and are below num_decoder_layers - 1 (-1 is reserved); gate*discard is below 1; each schedule has a positive "
-        "whole number as its key and one count per reducer, which do not increase and lie in 1..visual_tokens; "
-        "budget.minimum is at most visual_tokens."
+        "and are below num_decoder_layers - 1; -1 and select belong to the first reducer, withdraw to the last; "
+        "gate*discard is below 1; each schedule has a positive whole number as its key and one count per reducer, which "
+        "do not increase and lie in 1..visual_tokens (0 where withdrawn); budget.minimum is at most visual_tokens; "
+        "budget.measure flops needs model.flops_crossover."
     )
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def where(profile: Profile) -> str:
+    """Where a profile reduces, in words."""
+    parts = [] if profile.selector is None else [f"{profile.selector.rule} before the decoder"]
+    if reducing := [r.layer for r in profile.inside if not isinstance(r, Withdrawal)]:
+        parts.append(f"after layers {_join(reducing)}")
+    parts += [f"withdrawn after layer {r.layer}" for r in profile.inside if isinstance(r, Withdrawal)]
+    return ", ".join(parts)
+
+
+def _reducer(profile: Profile, reducer: Any, count: int) -> str:
+    if isinstance(reducer, Withdrawal):
+        return f"after layer {reducer.layer}: withdraws what is left"
+    values = f"gamma {reducer.gamma:g}, tau {reducer.tau:g}, theta {reducer.theta:g}, "
+    values += f"rho {reducer.rho:g}, nu {reducer.nu:g}"
+    kind = "prune" if profile.params_of(reducer).is_identity else values
+    if reducer is not profile.before:
+        return f"after layer {reducer.layer}: keeps {count} ({kind})"
+    assert profile.selector is not None
+    select = ", ".join(f"{name} {value}" for name, value in profile.selector.model_dump().items())
+    return f"before the decoder: keeps {count} ({select}; {kind})"
 
 
 def _model(profile: Profile) -> str:
@@ -145,10 +185,6 @@ def _model(profile: Profile) -> str:
 
 def _join(values: Any) -> str:
     return ", ".join(map(str, values))
-
-
-def _measures(profile: Profile, counts: tuple[int, ...]) -> str:
-    return f"final {counts[-1]}, layer_average {layer_average(profile, counts):.1f}"
 
 
 def _text(profile: Profile) -> str:
@@ -162,4 +198,4 @@ def _write(profile: Profile, out: Path) -> None:
         problem = f"it cannot be written ({error.strerror})"
         raise SettingError("out", str(out), problem, "name a file in a directory that can be written to") from None
     counts = kept_counts(profile)
-    print(f"wrote {out}: {profile.name} keeps {_join(counts)}, {_measures(profile, counts)}")
+    print(f"wrote {out}: {profile.name} keeps {_join(counts)}, {measures(profile, counts)}")

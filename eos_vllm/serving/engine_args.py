@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import Profile, parse_profile
-from eos_vllm.serving.options import KEY, planner_of, resolve_options
+from eos_vllm.serving.options import KEY, hand_to_processors, planner_of, resolve_options
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
 MODEL_CLASS = "eos_vllm.serving.model:EosLlavaForConditionalGeneration"
@@ -20,6 +20,10 @@ WORKER_EXTENSION = "eos_vllm.serving.worker.EosWorkerExtension"
 _SCHEDULERS = {
     False: "eos_vllm.serving.scheduler.EosScheduler",
     True: "eos_vllm.serving.scheduler.EosAsyncScheduler",
+}
+_COUNTING_SCHEDULERS = {
+    False: "eos_vllm.serving.counting.CountingScheduler",
+    True: "eos_vllm.serving.counting.CountingAsyncScheduler",
 }
 _PROVEN_LANGUAGE_MODELS = ("llama",)
 _READ_CACHED_KEYS = ("enable_prefix_caching", "enable_chunked_prefill")
@@ -135,6 +139,12 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
 
     options = resolve_options(engine_args.additional_config[KEY])
     engine_args.additional_config = {**engine_args.additional_config, KEY: options}
+    if not parse_profile(options["profile"], options["source"]).inside:
+        # Nothing happens within the decoder: all that vLLM can do stays as it is.
+        engine_args.model_class_overrides = {**engine_args.model_class_overrides, ARCHITECTURE: MODEL_CLASS}
+        config = create_engine_config(engine_args, *args, **kwargs)
+        finish_before(config)
+        return config
     batched = engine_args.max_num_batched_tokens
     prepare(engine_args)
     # vLLM puts its defaults in the place of what was left out.
@@ -229,13 +239,8 @@ def finish(vllm_config: Any) -> None:
     from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
     from vllm.config import CompilationMode, CUDAGraphMode
 
-    from eos_vllm.serving.contract import check_contract
-    from eos_vllm.serving.metrics import install_stat_logger
-    from eos_vllm.serving.request_checks import install_request_checks
-
     planner = planner_of(vllm_config)
     assert planner is not None
-    check_contract("front end")
     check_model(planner.profile, vllm_config.model_config)
     if (runner := vllm_config.model_config.runner_type) != "generate":
         raise SettingError("runner", runner, "pooling reads tokens that are gone", "serve the model to generate")
@@ -248,14 +253,36 @@ def finish(vllm_config: Any) -> None:
     if vllm_config.ec_manager_config.get_encoder_cache_manager_obj() is not None:
         problem = "the scheduler knows vLLM's own encoder cache manager only"
         raise SettingError("ec-manager-config", "set", problem, "leave it out")
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise SettingError("VLLM_USE_RUST_FRONTEND", 1, "it does not check requests", "unset it")
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = _SCHEDULERS[bool(scheduler.async_scheduling)]
     compilation = vllm_config.compilation_config
     if compilation.cudagraph_mode == CUDAGraphMode.FULL:
         # A full graph of a mixed batch would replay the unreduced forward pass.
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    _install(vllm_config)
+
+
+def finish_before(vllm_config: Any) -> None:
+    """As :func:`finish`, of a profile that reduces before the decoder alone."""
+    planner = planner_of(vllm_config)
+    assert planner is not None
+    check_model(planner.profile, vllm_config.model_config)
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls is None:  # one that was asked for knows no counts, and can do all else
+        scheduler.scheduler_cls = _COUNTING_SCHEDULERS[bool(scheduler.async_scheduling)]
+    _install(vllm_config)
+
+
+def _install(vllm_config: Any) -> None:
+    """What this process needs whatever the profile does."""
+    from eos_vllm.serving.contract import check_contract
+    from eos_vllm.serving.metrics import install_stat_logger
+    from eos_vllm.serving.request_checks import install_request_checks
+
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise SettingError("VLLM_USE_RUST_FRONTEND", 1, "it does not check requests", "unset it")
+    check_contract("front end")
+    hand_to_processors(vllm_config)
     forget_model_classes()
     install_request_checks()
     install_stat_logger()
@@ -289,6 +316,23 @@ def check_model(profile: Profile, model_config: Any) -> None:
     if (kind := config.vision_config.model_type) == "pixtral":
         raise SettingError("model.vision_config.model_type", kind, "images of varying length", "serve a CLIP LLaVA")
     check_fits(profile, geometry(config))
+    if profile.selector is not None:
+        check_tower(profile, config)
+
+
+def check_tower(profile: Profile, config: Any) -> None:
+    """Whether the vision tower gives what the profile's selector reads; errors as in :func:`finish`."""
+    assert profile.selector is not None
+    rule, tower = profile.selector.rule, config.vision_config.model_type  # type: ignore[attr-defined]
+    if not isinstance(config.vision_feature_layer, int):
+        problem = f"{rule} reads one layer's features, the model has those of several"
+        raise SettingError("model.vision_feature_layer", config.vision_feature_layer, problem, "leave layer -1 out")
+    if tower != "clip_vision_model":
+        needs = "a CLS token, which it lacks" if profile.selector.needs_cls else "a CLIP tower; no other is proven"
+        raise SettingError("model.vision_config.model_type", tower, f"{rule} needs {needs}", "serve a CLIP LLaVA")
+    if (strategy := config.vision_feature_select_strategy) != "default":
+        problem = "its CLS token is a visual token"
+        raise SettingError("model.vision_feature_select_strategy", strategy, problem, "leave layer -1 out")
 
 
 def _exit(error: EosError) -> NoReturn:

@@ -25,7 +25,7 @@ logger = init_logger("vllm.eos")
 
 
 class Counters:
-    """Running totals since start, per reducer."""
+    """Running totals since start, per reducer; that before the decoder comes first."""
 
     def __init__(self, reducers: int) -> None:
         self.images = 0
@@ -45,9 +45,10 @@ class Counters:
         """Adds those images of a request that a step reduces."""
         self.images += len(images)
         for kept in plan.kept[images.start : images.stop]:
-            for i in range(len(self.tokens_in)):
-                self.tokens_in[i] += kept[i]
-                self.tokens_kept[i] += kept[i + 1]
+            first = len(self.tokens_in) + 1 - len(kept)
+            for i in range(len(kept) - 1):
+                self.tokens_in[first + i] += kept[i]
+                self.tokens_kept[first + i] += kept[i + 1]
 
     def count_tokens(self, reducer: int, before: int, after: int) -> None:
         """Adds what one reducer really did to a batch."""
@@ -103,14 +104,15 @@ class EosStats:
                     metrics[name].labels(*labels).inc(value)
 
     def _label(self, name: str, index: int) -> str:
-        return str(index) if name == "blocks" else str(self.planner.profile.layers[index])
+        return str(index) if name == "blocks" else str(self.planner.profile.reducers[index].layer)
 
     def log(self) -> None:
         """One line for each engine that reduced images since the last, or that holds blocks."""
         for engine, figures in self.since_log.items():
             blocks = [value for key, value in figures.items() if key.startswith("blocks/")]  # packed in order
             if figures.get("images") or any(blocks):
-                steps = [f"{figures[f'in/{i}']}->{figures[f'kept/{i}']}" for i in range(len(blocks) - 1)]
+                reducers = range(len(self.planner.profile.reducers))
+                steps = [f"{figures[f'in/{i}']}->{figures[f'kept/{i}']}" for i in reducers]
                 logger.info(
                     "eos: engine %03d: %d images; visual tokens in->kept per reducer %s; KV blocks held per segment %s",
                     engine,
@@ -194,5 +196,5 @@ class WorkerLog:
             return
         self.due = now + envs.VLLM_LOG_STATS_INTERVAL
         pairs = zip(self.layers, counters.tokens_in, counters.tokens_kept, strict=True)
-        steps = ", ".join(f"{before}->{after} after layer {layer}" for layer, before, after in pairs)
+        steps = ", ".join(f"{before}->{after} at layer {layer}" for layer, before, after in pairs)
         logger.info("eos: this worker reduced %d images since start: visual tokens %s", counters.images, steps)

@@ -18,7 +18,12 @@ from vllm.distributed import (
 )
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    _build_llava_or_pixtral_hf_info,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from eos_vllm.core.layout import ReducerStep
@@ -28,25 +33,41 @@ from eos_vllm.serving.attention import convert
 from eos_vllm.serving.batch import BatchState
 from eos_vllm.serving.cached_keys import read_keys
 from eos_vllm.serving.contract import check_contract
+from eos_vllm.serving.image_processor import build_processor
 from eos_vllm.serving.lora_rows import LoraRows
 from eos_vllm.serving.metrics import Counters, WorkerLog
 from eos_vllm.serving.options import planner_of
+from eos_vllm.serving.preselection import Preselection
 from eos_vllm.serving.runner_v1 import hook_v1_runner
 from eos_vllm.serving.stages import EMBEDDINGS, ORIGIN, extend_intermediate_tensors, fill, pack
 from eos_vllm.serving.stretches import Stretch, compiles, stretches
 
 
+@MULTIMODAL_REGISTRY.register_processor(
+    build_processor, info=_build_llava_or_pixtral_hf_info, dummy_inputs=LlavaDummyInputsBuilder
+)
 class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """Drop-in for vLLM's class of the same architecture (``model_class_overrides``)."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         planner = planner_of(vllm_config)
-        self.eos = None if planner is None else Reduction(planner, self.language_model.model, vllm_config)
-        if self.eos is not None:
+        self.eos: Reduction | None = None
+        self.eos_before: Preselection | None = None
+        if planner is None:
+            return
+        counters = Counters(len(planner.profile.reducers))
+        if planner.profile.before is not None:
+            self.eos_before = Preselection(planner, self, vllm_config, counters)
+        if planner.profile.inside:
+            self.eos = Reduction(planner, self.language_model.model, vllm_config, counters)
             hook_v1_runner()
             if self.eos.stages > 1:
                 extend_intermediate_tensors(self, self.eos.sends_embeddings)
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """As vLLM's; with a reducer before the decoder an image has as many rows as its prompt has placeholders."""
+        return super().embed_multimodal(**kwargs) if self.eos_before is None else self.eos_before.embed(kwargs)
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -80,7 +101,7 @@ class Reduction:
     With pipeline stages it is that of the stage's own layers.
     """
 
-    def __init__(self, planner: Planner, decoder: Any, vllm_config: VllmConfig) -> None:
+    def __init__(self, planner: Planner, decoder: Any, vllm_config: VllmConfig, counters: Counters) -> None:
         check_contract("worker")
         self.planner = planner
         self.profile = planner.profile
@@ -97,8 +118,9 @@ class Reduction:
         self.reducer_after = {layer: i for i, layer in enumerate(self.profile.layers)}
         self.parts = list(stretches(decoder.layers, self.layers, self.profile.layers, compiles(vllm_config)))
         self.join_scores = _mean_over_ranks if get_tensor_model_parallel_world_size() > 1 else None
-        self.counters = Counters(len(self.profile.reducers))
-        self.log = WorkerLog(self.profile.layers)
+        self.counters = counters
+        self.log = WorkerLog(tuple(reducer.layer for reducer in self.profile.reducers))
+        self.first = len(self.profile.reducers) - len(self.profile.inside)
 
     def is_needed(self) -> bool:
         """Whether this step prefills an image that is reduced; never in vLLM's dummy runs."""
@@ -179,7 +201,7 @@ class Reduction:
         params, scale = self.profile.operator_params(reducer), attention.impl.scale
         hidden, source = reduce_tokens(before, seen["query"], key, step, weights, params, scale, self.join_scores)
         # What went in is the plan's; what is gone is counted on the tensors, so that the count proves something.
-        self.counters.count_tokens(reducer, step.tokens_in, step.tokens_in - len(before) + len(hidden))
+        self.counters.count_tokens(self.first + reducer, step.tokens_in, step.tokens_in - len(before) + len(hidden))
         return hidden, source
 
 

@@ -61,6 +61,19 @@ def planner_of(vllm_config: "VllmConfig") -> Planner | None:
     return _planner(json.dumps(options, sort_keys=True), vllm_config.cache_config.block_size) if options else None
 
 
+def hand_to_processors(vllm_config: "VllmConfig") -> None:
+    """Puts the settings where processors find them: these are made from the model's configuration alone, everywhere."""
+    options = {**vllm_config.additional_config[KEY], "block": vllm_config.cache_config.block_size}  # type: ignore[index]
+    vllm_config.model_config.hf_config.eos_options = options
+
+
+def planner_of_processor(hf_config: Any) -> Planner | None:
+    """The planner that :func:`hand_to_processors` left, None where no profile is active."""
+    options = dict(getattr(hf_config, "eos_options", None) or {})
+    block = options.pop("block", 1)
+    return _planner(json.dumps(options, sort_keys=True), block) if options else None
+
+
 @lru_cache(maxsize=8)
 def _planner(options: str, block_size: int) -> Planner:
     data = json.loads(options)

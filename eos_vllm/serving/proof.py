@@ -18,7 +18,7 @@ _TRIAL = "eos-trial"
 
 def trial_plan(planner: Planner, max_model_len: int) -> tuple[RequestPlan, int]:
     """A request with one image, as long as fits, and the number of its tokens."""
-    visual = planner.profile.model.visual_tokens
+    visual = planner.image_tokens()
     tokens = min(max_model_len, visual + 64)
     span = ImageSpan(min(5, max(tokens - visual, 0)), min(visual, tokens))
     return planner.plan([0] * tokens, [span]), tokens

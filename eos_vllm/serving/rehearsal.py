@@ -54,7 +54,7 @@ def largest_step(planner: Any, tokens: int, requests: int, longest: int) -> list
     Returns:
         None of them where no image fits.
     """
-    visual = planner.profile.model.visual_tokens
+    visual = planner.image_tokens()
     each = min(_BEFORE + visual + _BEHIND, tokens, longest)
     if each <= visual:
         return []
@@ -106,7 +106,7 @@ def rehearse(runner: Any, reduction: Any, encoder_outputs: dict[str, torch.Tenso
     if reduction.stages > 1 or not any(request.plan.reduces for request in made):
         return  # a pipeline stage cannot run alone
     hidden = reduction.decoder.norm.weight
-    visual = reduction.profile.model.visual_tokens
+    visual = reduction.planner.image_tokens()
     # As if the vision tower had run: vLLM profiles that itself.
     encoder_outputs[_IMAGE] = torch.zeros(visual, hidden.shape[0], dtype=hidden.dtype, device=hidden.device)
     step = SchedulerOutput.make_empty()
@@ -167,10 +167,11 @@ def _request(made: MadeUp) -> NewRequestData:
 
 
 def _check(runner: Any, reduction: Any, made: list[MadeUp]) -> None:
-    reducers = len(reduction.profile.reducers)
-    kept = [sum(r.plan.kept[0][i] for r in made) for i in range(reducers + 1)]
+    inside = len(reduction.profile.inside)
+    kept = [sum(r.plan.kept[0][i] for r in made) for i in range(inside + 1)]
     counters = reduction.counters
-    if (counters.images, counters.tokens_in, counters.tokens_kept) != (len(made), kept[:-1], kept[1:]):
+    done = counters.images, counters.tokens_in[-inside:], counters.tokens_kept[-inside:]
+    if done != (len(made), kept[:-1], kept[1:]):
         raise RuntimeError(f"eos: rehearsal: {kept} visual tokens were planned, the reducers did {counters.to_dict()}")
     config = runner.kv_cache_config
     for group, segment in enumerate(segments_of_groups(config)):

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from eos_vllm.core.budget import layer_average
+from eos_vllm.core.budget import measures, segment_tokens
 from eos_vllm.core.plan import ImageSpan, Planner
+from eos_vllm.core.profile import Profile
 from eos_vllm.serving.kv_cache import planned_blocks, segments_of_groups
 
 _TEXT_TOKENS = 88
@@ -21,26 +22,42 @@ def startup_report(planner: Planner, vllm_config: Any, kv_cache_config: Any) -> 
         One line.
     """
     profile, counts = planner.profile, planner.counts()
-    visual, layers = profile.model.visual_tokens, profile.segment_layers()
+    visual, entering, layers = profile.model.visual_tokens, planner.image_tokens(), profile.segment_layers()
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     token_bytes = spec.page_size_bytes // spec.block_size
     stock = visual * sum(layers) * token_bytes
-    ours = sum(n * tokens for n, tokens in zip(layers, (visual, *counts), strict=True)) * token_bytes
-    tokens = min(visual + _TEXT_TOKENS, vllm_config.model_config.max_model_len)
-    plan = planner.plan([0] * tokens, [ImageSpan(0, min(visual, tokens))])
+    ours = sum(n * tokens for n, tokens in zip(layers, segment_tokens(profile, counts), strict=True)) * token_bytes
+    tokens = min(entering + _TEXT_TOKENS, vllm_config.model_config.max_model_len)
+    stock_tokens = min(visual + _TEXT_TOKENS, vllm_config.model_config.max_model_len)
+    plan = planner.plan([0] * tokens, [ImageSpan(0, min(entering, tokens))])
     usable = kv_cache_config.num_blocks - 1
     fit = usable // sum(planned_blocks(kv_cache_config, plan, tokens))
     groups = kv_cache_config.kv_cache_groups
     width = max(len(group.layer_names) for group in groups)
-    fit_stock = usable * width // sum(layers) // -(-tokens // spec.block_size)
+    fit_stock = usable * width // sum(layers) // -(-stock_tokens // spec.block_size)
     padding = sum(width - len(group.layer_names) for group in groups)
     segments = segments_of_groups(kv_cache_config)
     return (
-        f"profile {profile.name!r} reduces after layers {list(profile.layers)}: {visual} -> {list(counts)} visual "
-        f"tokens per image (budget {planner.budget}; final {counts[-1]}, "
-        f"layer average {layer_average(profile, counts):.1f}); "
+        f"{short_report(planner)}; "
         f"visual KV per image {ours / 2**20:.2f} MiB instead of {stock / 2**20:.2f} MiB; "
-        f"{fit} image requests of {tokens} tokens fit into the KV cache instead of {fit_stock}; "
+        f"{fit} requests with an image and {_TEXT_TOKENS} text tokens fit into the KV cache instead of {fit_stock}; "
         f"{len(groups)} KV groups {[segments.count(s) for s in range(profile.num_segments)]} by segment, "
         f"{padding} padding layers"
     )
+
+
+def short_report(planner: Planner) -> str:
+    """What a profile keeps of an image, and what that costs."""
+    profile, counts = planner.profile, planner.counts()
+    return (
+        f"profile {profile.name!r} reduces {places(profile)}: {profile.model.visual_tokens} -> {list(counts)} visual "
+        f"tokens per image (budget {planner.budget}: {measures(profile, counts)})"
+    )
+
+
+def places(profile: Profile) -> str:
+    """Where a profile reduces."""
+    parts = [] if profile.selector is None else [f"before the decoder ({profile.selector.rule})"]
+    if profile.layers:
+        parts.append(f"after layers {list(profile.layers)}")
+    return " and ".join(parts)

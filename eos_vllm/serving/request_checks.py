@@ -14,6 +14,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from eos_vllm.core.budget import REQUEST_FIELD
 from eos_vllm.core.errors import BudgetError
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
+from eos_vllm.serving.image_budget import check_image_tokens, install_image_budget, pass_budget_on
+from eos_vllm.serving.image_processor import budget_for_rendering
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.requests import budget_of, image_spans, plan_of_features
 
@@ -36,8 +38,10 @@ def install_request_checks() -> None:
         if planner is None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         check_params(planner, params)
-        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        with budget_for_rendering(budget_of(params) if isinstance(params, SamplingParams) else None):
+            request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         try:
+            check_image_tokens(planner, request)
             check_request(planner, request, _longest_step(self.vllm_config))
         except VLLMValidationError:
             forget_sent_images(self.renderer)
@@ -52,6 +56,7 @@ def install_request_checks() -> None:
         client = getattr(self, "engine_client", None)  # those that only tokenize or render have none
         if client is not None and (planner := planner_of(client.vllm_config)) is not None:
             check_body(planner, request)
+            pass_budget_on(planner, request)
         return await check_model(self, request)
 
     BaseServing._check_model = check_first  # type: ignore[method-assign]
@@ -65,6 +70,7 @@ def install_request_checks() -> None:
         return beam_search(self, prompts, *args, **kwargs)
 
     BeamSearchOfflineMixin.beam_search = checked_beams  # type: ignore[method-assign]
+    install_image_budget()
 
 
 def forget_sent_images(renderer: Any) -> None:
@@ -115,8 +121,8 @@ def check_body(planner: Planner, body: Any) -> None:
             )
     logprobs = getattr(body, "prompt_logprobs", None)
     if logprobs is not None and _has_media(getattr(body, "messages", None)):
-        total = planner.profile.model.visual_tokens
-        plan = planner.plan([0] * total, [ImageSpan(0, total)], budget_of(params))
+        total = planner.image_tokens(budget_of(params))
+        plan = planner.plan([0] * (total + 1), [ImageSpan(0, total)], budget_of(params))
         _refuse_prompt_logprobs(planner, plan, logprobs)
 
 

@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 from eos_vllm.core.plan import RequestPlan
 from eos_vllm.serving.contract import check_contract
 from eos_vllm.serving.coordinator import adopt
+from eos_vllm.serving.counting import count_selected
 from eos_vllm.serving.metrics import Counters, pack_stats
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.prefix_cache import RequestKeys
@@ -41,7 +42,8 @@ class EosSchedulerMixin(Scheduler):
         if self.cache_config.enable_prefix_caching:
             keep_covered_images()
         prove_allocation(self.kv_cache_config, planner, self.max_model_len, self.coordinator)
-        self.counters = Counters(planner.profile.num_segments - 1)
+        self.counters = Counters(len(planner.profile.reducers))
+        self._selects = planner.profile.before is not None
         self._unreduced: set[str] = set()  # requests whose images are not all in
         logger.info("eos: %s", startup_report(planner, self.vllm_config, self.kv_cache_config))
 
@@ -74,6 +76,8 @@ class EosSchedulerMixin(Scheduler):
             step = super().schedule(*args, **kwargs)
         finally:
             self.coordinator.scheduling = False
+        if self._selects:
+            count_selected(self.counters, step, self.planner)
         if self.plans and (resumed := step.scheduled_cached_reqs.resumed_req_ids):
             self._unreduced.update(name for name in resumed if name in self.plans)
         for name in self._unreduced.intersection(step.num_scheduled_tokens):

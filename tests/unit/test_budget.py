@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from unit_builders import make_profile
 
-from eos_vllm.core.budget import eq11_counts, kept_counts, layer_average, layer_average_floor, parse_budget
+from eos_vllm.core.budget import cost_floor, eq11_counts, kept_counts, layer_average, parse_budget
 from eos_vllm.core.errors import BudgetError
 from eos_vllm.core.profile import Profile
 
@@ -42,7 +42,7 @@ def test_a_larger_budget_keeps_no_fewer_anywhere(profile: Profile, data: st.Data
 @given(profile=any_profile("layer_average", least_discard=1e-12), data=st.data())
 def test_layer_average_is_met_to_within_rounding(profile: Profile, data: st.DataObject) -> None:
     profile = profile.model_copy(update={"budget": profile.budget.model_copy(update={"minimum": 1})})
-    floor, total = layer_average_floor(profile), profile.model.visual_tokens
+    floor, total = cost_floor(profile), profile.model.visual_tokens
     assume(math.floor(floor) + 1 <= total)
     budget = data.draw(st.integers(math.floor(floor) + 1, total))
     counts = kept_counts(profile, budget)
@@ -88,7 +88,7 @@ def test_a_published_schedule_wins_and_is_taken_as_it_is() -> None:
 
 def test_below_the_floor_of_layer_average_is_refused_with_what_can_be_had() -> None:
     profile = make_profile((2, 6, 15), (0.9, 0.5, 0.4), depth=32, visual=576, measure="layer_average", tokens=64)
-    assert layer_average_floor(profile) == 54
+    assert cost_floor(profile) == 54
     with pytest.raises(BudgetError, match=r"eos_retain=54: .*cannot go below 54\.0.*give 55 to 576"):
         kept_counts(profile, 54)
     assert kept_counts(profile, 55)[-1] >= 1
@@ -96,7 +96,7 @@ def test_below_the_floor_of_layer_average_is_refused_with_what_can_be_had() -> N
 
 def test_reducers_that_discard_nothing_do_not_lower_the_floor() -> None:
     profile = make_profile((0, 3), (0.0, 0.5), measure="layer_average", tokens=50)
-    assert layer_average_floor(profile) == 50
+    assert cost_floor(profile) == 50
     with pytest.raises(BudgetError, match=r"cannot go below 50\.0"):
         kept_counts(profile)
     assert kept_counts(profile, 60) == (100, 20)

@@ -1,0 +1,62 @@
+"""Schedulers of a profile that reduces before the decoder alone: vLLM's own, and counts for ``/metrics``."""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+
+from eos_vllm.core.plan import Planner
+from eos_vllm.serving.metrics import Counters, pack_stats
+from eos_vllm.serving.options import planner_of
+from eos_vllm.serving.report import short_report
+
+logger = init_logger("vllm.eos")
+
+
+def count_selected(counters: Counters, step: SchedulerOutput, planner: Planner) -> int:
+    """Adds the images of requests that are new in a step and not under a cache hit; gives their number."""
+    total, images = planner.profile.model.visual_tokens, 0
+    for request in step.scheduled_new_reqs:
+        for feature in request.mm_features:
+            if feature.modality == "image" and feature.mm_position.offset >= request.num_computed_tokens:
+                counters.count_tokens(0, total, feature.mm_position.length)
+                images += 1
+    return images
+
+
+class CountingSchedulerMixin(Scheduler):
+    """What both of vLLM's schedulers gain: nothing but counts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        planner = planner_of(self.vllm_config)
+        if planner is None:
+            raise RuntimeError("the eos scheduler was chosen, but additional_config holds no eos profile")
+        self.planner = planner
+        self.counters = Counters(1)
+        logger.info("eos: %s", short_report(planner))
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """As vLLM's; counts the images of new requests."""
+        step = super().schedule(*args, **kwargs)
+        if step.scheduled_new_reqs:
+            self.counters.images += count_selected(self.counters, step, self.planner)
+        return step
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """As vLLM's, with the counts of this plugin on board (see :mod:`eos_vllm.serving.metrics`)."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            pack_stats(stats, self.counters, [])
+        return stats
+
+
+class CountingScheduler(CountingSchedulerMixin):
+    """vLLM's scheduler with counts."""
+
+
+class CountingAsyncScheduler(CountingSchedulerMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler with counts."""

@@ -1,0 +1,148 @@
+"""The worker's part of a reducer before the decoder: from pixels to as many rows as the request's budget means.
+
+vLLM puts these rows in the place of the image's placeholders and refuses another number of them, so an image that was
+not reduced cannot be served without a word.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
+
+from eos_vllm.core.plan import Planner
+from eos_vllm.core.preselection import preselect, shrink_pixels, shrink_positions
+from eos_vllm.core.selectors import LAST, QueriesAndKeys, TowerOutput
+from eos_vllm.core.selectors.resize import Resize
+from eos_vllm.serving.image_processor import KEEP
+from eos_vllm.serving.metrics import Counters
+
+
+class Preselection:
+    """Selector and operator on the vision tower's output."""
+
+    def __init__(self, planner: Planner, model: Any, vllm_config: VllmConfig, counters: Counters) -> None:
+        profile = planner.profile
+        assert profile.before is not None and profile.selector is not None
+        self.planner, self.selector, self.params = planner, profile.selector, profile.params_of(profile.before)
+        self.model, self.counters = model, counters
+        self.encoder = model.vision_tower.vision_model.encoder
+        depth = len(self.encoder.layers)
+        # vLLM builds the tower up to the layer whose features it reads, so the last one there is the last that runs.
+        self.layers = {i: self.encoder.layers[depth - 1 if i == LAST else min(i, depth - 1)] for i in self._reads()}
+        # vLLM counts an image by its K rows, the tower works on all of it: no more at once than memory was profiled for.
+        self.at_once = max(1, vllm_config.scheduler_config.max_num_batched_tokens // profile.model.visual_tokens)
+        self.rehearsed = False
+
+    def _reads(self) -> tuple[int, ...]:
+        return self.selector.reads_layers()
+
+    def embed(self, kwargs: dict[str, Any]) -> Any:
+        """Rows of each image of ``embed_multimodal``'s arguments, in order ``[K, d]`` each.
+
+        Raises:
+            RuntimeError: an image came without the number of its placeholders.
+        """
+        keep = kwargs.pop(KEEP, None)
+        image_input = self.model._parse_and_validate_image_input(**kwargs)
+        if image_input is None:
+            return []
+        if keep is None or image_input["type"] != "pixel_values":
+            raise RuntimeError("eos: an image came without the number of tokens that its prompt holds for it")
+        pixels, counts = image_input["pixel_values"], [int(k) for k in torch.as_tensor(keep).flatten()]
+        if not self.rehearsed:
+            # vLLM's memory profile shows images that keep all tokens; the selector belongs into it, and is proved here.
+            self.rehearsed = True
+            self._rehearse(pixels[: self.at_once])
+        rows: list[torch.Tensor] = []
+        for start in range(0, len(counts), self.at_once):
+            rows += self._embed(pixels[start : start + self.at_once], counts[start : start + self.at_once])
+        return rows
+
+    def _rehearse(self, pixels: torch.Tensor) -> None:
+        keep = min(self.planner.image_tokens(), self.planner.profile.model.visual_tokens)
+        images = self.counters.images, list(self.counters.tokens_in), list(self.counters.tokens_kept)
+        rows = self._embed(pixels, [keep] * len(pixels))
+        self.counters.images, self.counters.tokens_in, self.counters.tokens_kept = images
+        if any(len(row) != keep for row in rows):
+            raise RuntimeError(f"eos: rehearsal: images of {[len(row) for row in rows]} tokens, planned {keep}")
+
+    def _embed(self, pixels: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        total = self.planner.profile.model.visual_tokens
+        rows: list[Any] = [None] * len(counts)
+        resizes = isinstance(self.selector, Resize)
+        seen = None if resizes else self._tower(pixels)
+        for k in sorted(set(counts)):
+            which = [i for i, count in enumerate(counts) if count == k]
+            if resizes:
+                out = self._resized(pixels[which], k).projected
+            else:
+                assert seen is not None
+                out = preselect(_of(seen, which), self.selector, self.params, k)
+            for i, row in zip(which, out, strict=True):
+                rows[i] = row
+        self.counters.count_tokens(0, total * len(counts), sum(len(row) for row in rows))
+        if not self.planner.profile.inside:
+            self.counters.images += len(counts)
+        return rows
+
+    def _tower(self, pixels: torch.Tensor) -> TowerOutput:
+        """Runs the vision tower, and catches what the selector reads of it."""
+        caught: dict[int, QueriesAndKeys] = {}
+        with _caught(self.layers, caught):
+            whole = self.model.vision_tower(pixels, feature_select_strategy="full")
+        has_cls = self.selector.needs_cls or whole.shape[1] > self.planner.profile.model.visual_tokens
+        vision, cls = (whole[:, 1:], whole[:, 0]) if has_cls else (whole, None)
+        sharded = self.layers and any(layer.self_attn.tp_size > 1 for layer in self.layers.values())
+        join = {"join": _mean_over_ranks} if sharded else {}
+        return TowerOutput(vision, self.model.multi_modal_projector, cls, caught, **join)
+
+    def _resized(self, pixels: torch.Tensor, keep: int) -> TowerOutput:
+        embeddings = self.model.vision_tower.vision_model.embeddings
+        side = math.isqrt(keep)
+        if keep >= self.planner.profile.model.visual_tokens:
+            return self._tower(pixels)
+        hook = embeddings.position_embedding.register_forward_hook(lambda _, __, out: shrink_positions(out, side))
+        try:
+            return self._tower(shrink_pixels(pixels, side, embeddings.patch_size))
+        finally:
+            hook.remove()
+
+
+def _of(tower: TowerOutput, which: list[int]) -> TowerOutput:
+    """Some images of a batch."""
+    if len(which) == tower.images:
+        return tower
+    layers = {i: QueriesAndKeys(seen.query[which], seen.key[which]) for i, seen in tower.layers.items()}
+    cls = None if tower.cls is None else tower.cls[which]
+    return TowerOutput(tower.vision[which], tower.project, cls, layers, tower.join)
+
+
+@contextmanager
+def _caught(layers: dict[int, nn.Module], seen: dict[int, QueriesAndKeys]) -> Iterator[None]:
+    """Catches queries and keys of tower layers within the block, from the projection that they run anyway."""
+    hooks = []
+    for number, layer in layers.items():
+        attention = layer.self_attn
+
+        def catch(_: nn.Module, __: Any, output: Any, number: int = number, attention: Any = attention) -> None:
+            query, key, _v = output[0].chunk(3, dim=-1)
+            heads = attention.num_heads_per_partition
+            seen[number] = QueriesAndKeys(query.unflatten(-1, (heads, -1)), key.unflatten(-1, (heads, -1)))
+
+        hooks.append(attention.qkv_proj.register_forward_hook(catch))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Mean over tensor-parallel ranks, each with its own heads; all take the first one's, to the last bit."""
+    mean = tensor_model_parallel_all_reduce(values) / get_tensor_model_parallel_world_size()
+    return get_tp_group().broadcast(mean, src=0)
