@@ -108,24 +108,20 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
     processor, max_tokens = _WORKER["processor"], _WORKER["max_tokens"]
     tokenizer = processor.tokenizer
     reference = ReferenceModel(_WORKER["model"], processor, cases[0].profile, block=cases[0].block)
-    before = shared = None
-    asked = []
-    for row in rows:
-        prompt = chat_prompt(processor, row.prompt, len(pictures))
-        if before is None:
-            embeddings, spans, _ = reference.embed(prompt, pictures)
-            if len(spans) == 1:
-                before = embeddings[: spans[0].start + spans[0].length]
-                shared = reference.share(before)
-        else:
-            embeddings = reference.behind(before, prompt)
-        asked.append(embeddings)
+    entered: dict[int, tuple[list[Any], list[Any], Any]] = {}
+    for case in cases:
+        keep = 0 if reference.planner is None else reference.planner.image_tokens(case.budget)
+        if keep not in entered:
+            entered[keep] = _entering(reference, rows, pictures, case.budget)
     vision = _WORKER["model"].config.vision_config
     side = vision.image_size // vision.patch_size
     earlier = rows_before(rows)
     replies: list[list[str]] = [[] for _ in cases]
-    for i, (row, embeddings) in enumerate(zip(rows, asked, strict=True)):
+    for i, row in enumerate(rows):
         for case, found in zip(cases, replies, strict=True):
+            keep = 0 if reference.planner is None else reference.planner.image_tokens(case.budget)
+            asked, spans, shared = entered[keep]
+            embeddings = asked[i]
             scores: Any = None
             if case.selection in SELECTIONS:
                 scores = selection_scores(case.selection, row, side, vision.image_size)
@@ -135,6 +131,23 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
             ids = reference.answer(state, len(embeddings), max_tokens, tokenizer.eos_token_id).token_ids
             found.append(tokenizer.decode(ids, skip_special_tokens=True))
     return replies
+
+
+def _entering(reference: Any, rows: Sequence[Row], pictures: Sequence[Any], budget: int | None) -> tuple[Any, Any, Any]:
+    """What enters the decoder for each row, the images' spans, and what all of them share where that is one image."""
+    before = shared = None
+    asked: list[Any] = []
+    for row in rows:
+        prompt = chat_prompt(reference.processor, row.prompt, len(pictures))
+        if before is None:
+            embeddings, spans, _ = reference.embed(prompt, pictures, budget)
+            if len(spans) == 1:
+                before = embeddings[: spans[0].start + spans[0].length]
+                shared = reference.share(before)
+        else:
+            embeddings = reference.behind(before, prompt)
+        asked.append(embeddings)
+    return asked, spans, shared
 
 
 def chat_prompt(processor: Any, question: str, images: int) -> str:

@@ -13,7 +13,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from eos_search.tower import entering_tokens
 from eos_vllm.core.errors import SettingError
+from eos_vllm.core.importance import MEAN, ScoreOptions
 from eos_vllm.core.layout import Entry, build_layout
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 from eos_vllm.core.profile import Profile
@@ -110,19 +112,34 @@ class ReferenceModel:
         return cls(model, AutoProcessor.from_pretrained(path), profile, retain, block, marker)
 
     @torch.no_grad()
-    def embed(self, prompt: str, images: Sequence[Image.Image]) -> tuple[torch.Tensor, list[ImageSpan], torch.Tensor]:
+    def embed(
+        self, prompt: str, images: Sequence[Image.Image], budget: int | None = None
+    ) -> tuple[torch.Tensor, list[ImageSpan], torch.Tensor]:
         """Turns a prompt into what enters decoder layer 0.
 
         Args:
             prompt: text with one ``<image>`` for each image.
             images: the images.
+            budget: this request's retain budget; a reducer before the decoder needs it here already.
 
         Returns:
             Embeddings ``[tokens, d]``, image spans, token ids ``[tokens]``.
         """
         inputs = self.processor(text=prompt, images=list(images) or None, return_tensors="pt")
         ids = inputs["input_ids"][0].to(self.model.device)
-        return (*embed_inputs(self.model, ids, inputs.get("pixel_values")), ids)
+        if self.planner is None or self.planner.profile.before is None or not images:
+            return (*embed_inputs(self.model, ids, inputs.get("pixel_values")), ids)
+        profile, keep = self.planner.profile, self.planner.image_tokens(budget)
+        pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
+        tokens = entering_tokens(self.model, pixels, profile, keep)
+        visual = ids == self.model.config.image_token_id
+        # Of each image the first K placeholders stay.
+        ids = ids[~visual | ((visual.cumsum(dim=0) - 1) % profile.model.visual_tokens < keep)]
+        embeddings = self.model.get_input_embeddings()(ids)
+        places = (ids == self.model.config.image_token_id).nonzero()[:, 0]
+        embeddings[places] = torch.cat(tokens).to(embeddings.dtype)
+        spans = [ImageSpan(int(places[i * keep]), keep) for i in range(len(tokens))]
+        return embeddings, spans, ids
 
     @torch.no_grad()
     def behind(self, before: torch.Tensor, prompt: str) -> torch.Tensor:
@@ -164,8 +181,12 @@ class ReferenceModel:
         )
         cache = DynamicCache(config=self.decoder.config)
         layout = weights = None
+        options = MEAN
         if self.planner is not None and plan.reduces:
             profile = self.planner.profile
+            options = ScoreOptions.of(
+                profile.importance, self.model.config.text_config.num_attention_heads, embeddings.device
+            )
             rule = profile.importance.queries
             layout = build_layout([Entry(tokens, plan)], profile.num_segments, rule, embeddings.device)
             weights = image_query_weights(rule, embeddings, layout)
@@ -195,7 +216,9 @@ class ReferenceModel:
                 elif scores is not None:
                     given = scores[len(chosen_by)]
                 instead = _Scores(given, chosen_by)
-            hidden, source = reduce_tokens(out, query, key, step, weights, params, scale, instead)
+            hidden, source = reduce_tokens(
+                out, query, key, step, weights, params, scale, options, positions, instead
+            )
             positions = positions[source]
             kept.append(positions)
         return Prefill(plan, self.decoder.norm(hidden), kept, cache, chosen_by)
@@ -205,7 +228,7 @@ class ReferenceModel:
         """Runs the first tokens of prompts ``[prefix, d]`` through the layers that no reducer has touched yet."""
         layers = self.decoder.layers
         if self.planner is not None:
-            layers = layers[: self.planner.profile.layers[0] + 1]
+            layers = layers[: self.planner.profile.layers[0] + 1] if self.planner.profile.layers else layers
         cache, hidden, outputs = DynamicCache(config=self.decoder.config), embeddings[None], []
         positions = torch.arange(len(embeddings), device=embeddings.device)
         rotary = self.decoder.rotary_emb(hidden, positions[None])
@@ -251,7 +274,7 @@ class ReferenceModel:
         stop: int | None = None,
     ) -> Generation:
         """Answers greedily, ``max_tokens`` tokens or up to ``stop``; positions go on from the unreduced prompt."""
-        embeddings, spans, ids = self.embed(prompt, images)
+        embeddings, spans, ids = self.embed(prompt, images, budget)
         return self.answer(
             self.prefill(embeddings, spans, budget, scores, ids=ids.tolist()), len(embeddings), max_tokens, stop
         )

@@ -29,6 +29,7 @@ from eos_search.examples import Prepared
 from eos_search.reference import rotated_queries_and_keys
 from eos_search.structure import Rules, Structure
 from eos_search.theta import KINDS, ThetaValues
+from eos_vllm.core.importance import ScoreOptions
 from eos_vllm.core.layout import BatchLayout, Entry, ReducerStep, build_layout
 from eos_vllm.core.operator import OperatorParams
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
@@ -98,6 +99,8 @@ class RelaxedModel:
         self.decoder: Any = model.model.language_model
         self.rules = rules
         self.relaxation = relaxation or Relaxation()
+        device = self.decoder.norm.weight.device
+        self.options = ScoreOptions.of(rules.importance, model.config.text_config.num_attention_heads, device)
 
     def forward(
         self, example: Prepared, values: ThetaValues, structure: Structure, align: Collection[int] = ()
@@ -195,7 +198,7 @@ class RelaxedModel:
         row = dict(zip(KINDS, values.table[index].unbind(), strict=True))
         operator = self.rules.operator
         return OperatorParams(
-            row["gamma"], row["tau"], row["theta"], row["rho"], row["nu"], operator.gate_sharpness, operator.norm
+            row["gamma"], row["tau"], row["theta"], row["rho"], row["nu"], operator.gate_sharpness, operator.norm, operator.aggregate
         )
 
     def _reduce(
@@ -218,7 +221,7 @@ class RelaxedModel:
             return group_scores
 
         params, scale = self._params(values, index), layer.self_attn.scaling
-        reduced, source = reduce_tokens(flow.hidden, query, key, step, weights, params, scale, remember)
+        reduced, source = reduce_tokens(flow.hidden, query, key, step, weights, params, scale, self.options, flow.positions, remember)
         gate, discard = values.gate[index], values.discard[index]
         moved = (reduced - flow.hidden.index_select(0, source)).detach()
         flow.hidden = reduced + (straight(gate) * moved).to(reduced.dtype)
@@ -246,7 +249,7 @@ class RelaxedModel:
         with torch.no_grad():
             query, key = rotated_queries_and_keys(layer, entered, rotary)
         params, scale = self._params(values, index), layer.self_attn.scaling
-        reduced, source = reduce_tokens(here, query, key, step, weights, params, scale)
+        reduced, source = reduce_tokens(here, query, key, step, weights, params, scale, self.options, flow.positions)
         gate = values.gate[index]
         would_move = gate * (reduced - here.index_select(0, source))
         flow.hidden = flow.hidden.index_add(0, source, straight(would_move).to(here.dtype))

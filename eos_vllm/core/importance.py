@@ -3,12 +3,16 @@
 The query choice is a weight vector, not an index list, so that nothing on the device has to be read back.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from eos_vllm.core.errors import ProfileError
+
 if TYPE_CHECKING:  # profiles know selectors, and these rank by :func:`top_k`
-    from eos_vllm.core.profile import QueryRule
+    from eos_vllm.core.profile import ImportanceSpec, QueryRule
 
 
 def query_weights(rule: "QueryRule", visual: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
@@ -41,6 +45,52 @@ def query_weights(rule: "QueryRule", visual: torch.Tensor, text: torch.Tensor, t
     return weights / weights.sum(dim=1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How attention becomes a score.
+
+    Attributes:
+        reduce: joins queries: weighted mean, or the largest of those that count.
+        heads: weight of each of this rank's heads ``[H]``, of mean 1 over all ranks; None where all count alike.
+        debias: what each place of an image receives on average ``[N]``; scores are divided by it. None: nothing.
+        join: means over tensor-parallel ranks, each of which holds some heads.
+    """
+
+    reduce: Literal["mean", "max"] = "mean"
+    heads: torch.Tensor | None = None
+    debias: torch.Tensor | None = None
+    join: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        spec: "ImportanceSpec",
+        heads: int,
+        device: torch.device,
+        rank: int = 0,
+        join: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        ranks: int = 1,
+    ) -> "ScoreOptions":
+        """Those of a profile, on ``device``, for the ``rank``-th of ``ranks`` shares of ``heads`` heads in all.
+
+        Raises:
+            ProfileError: it names a head that the model lacks.
+        """
+        weights = None
+        if spec.heads != "mean":
+            if max(spec.heads) >= heads:
+                problem = f"the model has {heads} attention heads"
+                raise ProfileError("profile.importance.heads", list(spec.heads), problem, f"name heads below {heads}")
+            chosen = torch.zeros(heads)
+            chosen[list(spec.heads)] = heads / len(spec.heads)
+            weights = chosen.chunk(ranks)[rank].to(device)
+        debias = None if spec.debias is None else torch.tensor(spec.debias, device=device)
+        return cls(spec.reduce, weights, debias, join)
+
+
+MEAN = ScoreOptions()
+
+
 def received_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -48,19 +98,21 @@ def received_attention(
     weights: torch.Tensor,
     columns: torch.Tensor,
     scale: float,
+    options: ScoreOptions = MEAN,
 ) -> torch.Tensor:
-    """Attention that visual tokens receive: softmax over visible keys, mean over heads, weighted mean over queries.
+    """Attention that visual tokens receive: softmax over visible keys, mean over heads, then queries joined.
 
     Args:
         query: rotated queries ``[B, T, H, D]``.
         key: rotated keys ``[B, L, Hk, D]``; ``Hk`` divides ``H`` (grouped-query attention).
         visible: how many leading keys each query may see, ``[B, T]``.
-        weights: weight of each query, ``[B, T]``.
+        weights: weight of each query, ``[B, T]``; 0 where it does not count.
         columns: indices of the visual tokens among the keys, ``[B, N]``.
         scale: factor on the logits, ``1 / sqrt(D)``.
+        options: how heads and queries are joined.
 
     Returns:
-        Scores ``[B, N]``, float32. Under tensor parallel this is the mean over the rank's own heads.
+        Scores ``[B, N]``, float32. Under tensor parallel those of ``reduce="mean"`` are of the rank's own heads.
     """
     batch, _, heads, _ = query.shape
     groups = key.shape[2]
@@ -69,8 +121,13 @@ def received_attention(
     logits = (q @ k) * scale
     hidden = torch.arange(key.shape[1], device=key.device) >= visible.unsqueeze(-1)
     attention = logits.masked_fill_(hidden.view(batch, 1, 1, *hidden.shape[1:]), -torch.inf).softmax(dim=-1)
-    received = torch.einsum("bghtl,bt->bl", attention, weights) / heads
-    return received.gather(1, columns)
+    if options.heads is not None:
+        attention = attention * options.heads.view(1, groups, heads // groups, 1, 1)
+    if options.reduce == "mean":
+        return (torch.einsum("bghtl,bt->bl", attention, weights) / heads).gather(1, columns)
+    by_query = attention.mean(dim=(1, 2))
+    by_query = by_query if options.join is None else options.join(by_query)
+    return (by_query * (weights > 0).unsqueeze(-1)).amax(dim=1).gather(1, columns)
 
 
 def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:

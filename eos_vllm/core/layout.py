@@ -33,6 +33,7 @@ class ImageGroup:
         keep: visual tokens of each after it, K.
         longest: keys of the longest of their requests, L.
         images: their indices among all images of the batch ``[B]``.
+        start: unreduced position of each image's first token ``[B]``.
         first_row: row of each request's key 0, were all of its keys in this step ``[B]``.
         cached: keys of earlier steps of each request ``[B]``; None where none has any.
         first_cached: place of the first of these in the key tensor ``[B]``.
@@ -47,6 +48,7 @@ class ImageGroup:
     keep: int
     longest: int
     images: torch.Tensor
+    start: torch.Tensor
     first_row: torch.Tensor
     cached: torch.Tensor | None
     first_cached: torch.Tensor | None
@@ -277,6 +279,7 @@ class _StepDraft:
                     int(ends[segment, requests].max()),
                     [
                         upload.add(members),
+                        upload.add([i.plan.spans[i.index].start for i in group]),
                         upload.add(origin),
                         upload.add(cached[segment, requests]) if takes_over else None,
                         upload.add([places.get(r, 0) for r in requests]) if takes_over else None,
@@ -293,10 +296,10 @@ class _StepDraft:
         """The step, once the arrays are on the device."""
         groups = []
         for total, keep, longest, slots in self.groups:
-            members, row, cached, place, visual, kept, queries, visible, last = (
+            members, start, row, cached, place, visual, kept, queries, visible, last = (
                 None if slot is None else upload.view(slot) for slot in slots
             )
             groups.append(
-                ImageGroup(total, keep, longest, members, row, cached, place, visual, kept, queries, visible, last)  # type: ignore[arg-type]
+                ImageGroup(total, keep, longest, members, start, row, cached, place, visual, kept, queries, visible, last)  # type: ignore
             )
         return ReducerStep(upload.view(self.source), tuple(groups), self.cached, self.tokens_in, self.tokens_kept)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from eos_vllm.core.importance import complement, query_weights, received_attention, top_k
+from eos_vllm.core.importance import MEAN, ScoreOptions, complement, query_weights, received_attention, top_k
 from eos_vllm.core.layout import BatchLayout, ImageGroup, ReducerStep
 from eos_vllm.core.operator import OperatorParams, unified_operator
 from eos_vllm.core.profile import QueryRule
@@ -50,7 +50,9 @@ def reduce_tokens(
     weights: torch.Tensor | None,
     params: OperatorParams,
     scale: float,
-    join_scores: ScoreReduce | None = None,
+    options: ScoreOptions = MEAN,
+    positions: torch.Tensor | None = None,
+    replace: ScoreReduce | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Applies one reducer to the output of its decoder layer.
 
@@ -62,7 +64,9 @@ def reduce_tokens(
         weights: result of :func:`image_query_weights`.
         params: operator parameters of this reducer.
         scale: factor on attention logits.
-        join_scores: joins the scores of tensor-parallel ranks, each of which holds some heads.
+        options: how attention becomes a score.
+        positions: unreduced positions of the tokens ``[tokens]``, where ``options.debias`` needs them.
+        replace: gives the scores to use, from those of a group of images ``[B, N]``; for baselines.
 
     Returns:
         Tokens that go on ``[fewer tokens, d]`` in the same order, and the row that each came from ``[fewer tokens]``.
@@ -70,9 +74,15 @@ def reduce_tokens(
     source = step.source.clone()
     anchors = []
     for group in step.groups:
-        scores = _group_scores(query, key, group, weights, scale)
-        if join_scores is not None:
-            scores = join_scores(scores)
+        if group.keep == 0:  # withdrawn: nothing to choose
+            continue
+        scores = _group_scores(query, key, group, weights, scale, options)
+        if options.debias is not None:
+            assert positions is not None
+            rows = group.first_visual.unsqueeze(1) + torch.arange(group.total, device=hidden.device)
+            scores = scores / options.debias[positions[rows] - group.start.unsqueeze(1)]
+        if replace is not None:
+            scores = replace(scores)
         selectable = scores
         if group.keeps_last is not None:
             selectable = scores.clone()
@@ -92,7 +102,12 @@ def reduce_tokens(
 
 
 def _group_scores(
-    query: torch.Tensor, key: torch.Tensor, group: ImageGroup, weights: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    group: ImageGroup,
+    weights: torch.Tensor | None,
+    scale: float,
+    options: ScoreOptions,
 ) -> torch.Tensor:
     images, queries = group.query_rows.shape
     per_query = query.shape[1] * group.longest
@@ -101,11 +116,13 @@ def _group_scores(
     scored = []
     for image in range(0, images, part):
         parts = [
-            _score(query, key, group, weights, scale, image, image + part, first, first + width)
+            _score(query, key, group, weights, scale, options, image, image + part, first, first + width)
             for first in range(0, queries, width)
         ]
-        scored.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0))
-    return torch.cat(scored)
+        together = torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
+        scored.append(together.sum(dim=0) if options.reduce == "mean" else together.amax(dim=0))
+    scores = torch.cat(scored)
+    return options.join(scores) if options.reduce == "mean" and options.join is not None else scores
 
 
 def _score(
@@ -114,6 +131,7 @@ def _score(
     group: ImageGroup,
     weights: torch.Tensor | None,
     scale: float,
+    options: ScoreOptions,
     low: int,
     high: int,
     first_query: int,
@@ -141,4 +159,5 @@ def _score(
         shares,
         columns,
         scale,
+        options,
     )

@@ -142,6 +142,8 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
     if not parse_profile(options["profile"], options["source"]).inside:
         # Nothing happens within the decoder: all that vLLM can do stays as it is.
         engine_args.model_class_overrides = {**engine_args.model_class_overrides, ARCHITECTURE: MODEL_CLASS}
+        if not engine_args.worker_extension_cls:
+            engine_args.worker_extension_cls = WORKER_EXTENSION
         config = create_engine_config(engine_args, *args, **kwargs)
         finish_before(config)
         return config

@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_pp_group,
-    get_tensor_model_parallel_world_size,
-    get_tp_group,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llava import (
@@ -26,6 +21,7 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
+from eos_vllm.core.importance import ScoreOptions
 from eos_vllm.core.layout import ReducerStep
 from eos_vllm.core.plan import Planner
 from eos_vllm.core.reduction import image_query_weights, reduce_tokens
@@ -37,7 +33,7 @@ from eos_vllm.serving.image_processor import build_processor
 from eos_vllm.serving.lora_rows import LoraRows
 from eos_vllm.serving.metrics import Counters, WorkerLog
 from eos_vllm.serving.options import planner_of
-from eos_vllm.serving.preselection import Preselection
+from eos_vllm.serving.preselection import Preselection, mean_over_ranks
 from eos_vllm.serving.runner_v1 import hook_v1_runner
 from eos_vllm.serving.stages import EMBEDDINGS, ORIGIN, extend_intermediate_tensors, fill, pack
 from eos_vllm.serving.stretches import Stretch, compiles, stretches
@@ -117,7 +113,15 @@ class Reduction:
             convert(layer, self.profile.segment_of_layer(index), self.batch)
         self.reducer_after = {layer: i for i, layer in enumerate(self.profile.layers)}
         self.parts = list(stretches(decoder.layers, self.layers, self.profile.layers, compiles(vllm_config)))
-        self.join_scores = _mean_over_ranks if get_tensor_model_parallel_world_size() > 1 else None
+        ranks = get_tensor_model_parallel_world_size()
+        self.options = ScoreOptions.of(
+            self.profile.importance,
+            vllm_config.model_config.hf_text_config.num_attention_heads,
+            self.device,
+            get_tensor_model_parallel_rank(),
+            mean_over_ranks if ranks > 1 else None,
+            ranks,
+        )
         self.counters = counters
         self.log = WorkerLog(tuple(reducer.layer for reducer in self.profile.reducers))
         self.first = len(self.profile.reducers) - len(self.profile.inside)
@@ -168,7 +172,8 @@ class Reduction:
             reducer = self.reducer_after[part]
             with queries_and_keys(self.attention[part]) as seen:
                 hidden, residual = self.decoder.layers[part](positions, hidden, residual)
-            hidden, source = self._reduce(part, reducer, hidden + residual, seen, layout.steps[reducer], weights)
+            step = layout.steps[reducer]
+            hidden, source = self._reduce(part, reducer, hidden + residual, seen, step, weights, positions)
             residual = None
             positions = positions.index_select(0, source)
             origin = source if origin is None else origin.index_select(0, source)
@@ -193,13 +198,16 @@ class Reduction:
         seen: dict[str, torch.Tensor],
         step: ReducerStep,
         weights: torch.Tensor | None,
+        positions: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         key, attention = seen["key"], self.attention[index]
         if step.cached:
             table = self.batch.block_tables[attention.layer_name]
             key = torch.cat([key, *read_keys(attention, table, step.cached)])
         params, scale = self.profile.operator_params(reducer), attention.impl.scale
-        hidden, source = reduce_tokens(before, seen["query"], key, step, weights, params, scale, self.join_scores)
+        hidden, source = reduce_tokens(
+            before, seen["query"], key, step, weights, params, scale, self.options, positions
+        )
         # What went in is the plan's; what is gone is counted on the tensors, so that the count proves something.
         self.counters.count_tokens(self.first + reducer, step.tokens_in, step.tokens_in - len(before) + len(hidden))
         return hidden, source
@@ -231,9 +239,3 @@ def queries_and_keys(attention: Attention) -> Iterator[dict[str, torch.Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-def _mean_over_ranks(scores: torch.Tensor) -> torch.Tensor:
-    """Each tensor-parallel rank scored with its own heads; all keep what the first one's mean says, to the last bit."""
-    mean = tensor_model_parallel_all_reduce(scores) / get_tensor_model_parallel_world_size()
-    return get_tp_group().broadcast(mean, src=0)

@@ -98,7 +98,7 @@ class Preselection:
         has_cls = self.selector.needs_cls or whole.shape[1] > self.planner.profile.model.visual_tokens
         vision, cls = (whole[:, 1:], whole[:, 0]) if has_cls else (whole, None)
         sharded = self.layers and any(layer.self_attn.tp_size > 1 for layer in self.layers.values())
-        join = {"join": _mean_over_ranks} if sharded else {}
+        join = {"join": mean_over_ranks} if sharded else {}
         return TowerOutput(vision, self.model.multi_modal_projector, cls, caught, **join)
 
     def _resized(self, pixels: torch.Tensor, keep: int) -> TowerOutput:
@@ -142,7 +142,7 @@ def _caught(layers: dict[int, nn.Module], seen: dict[int, QueriesAndKeys]) -> It
             hook.remove()
 
 
-def _mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Mean over tensor-parallel ranks, each with its own heads; all take the first one's, to the last bit."""
     mean = tensor_model_parallel_all_reduce(values) / get_tensor_model_parallel_world_size()
     return get_tp_group().broadcast(mean, src=0)

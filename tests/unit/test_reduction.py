@@ -10,6 +10,7 @@ from reduction_cases import RULES, SCALE, Outcome, Request, make_request, profil
 from unit_builders import Prompt, batches, make_profile
 
 from eos_vllm.core import reduction
+from eos_vllm.core.importance import ScoreOptions
 from eos_vllm.core.layout import build_layout
 from eos_vllm.core.plan import Planner
 from eos_vllm.core.reduction import image_query_weights, reduce_tokens
@@ -136,7 +137,7 @@ def test_scores_of_ranks_are_joined_before_the_choice() -> None:
         seen.append(scores)
         return -scores
 
-    _, source = reduce_tokens(*arguments, profile.operator_params(0), SCALE, join)
+    _, source = reduce_tokens(*arguments, profile.operator_params(0), SCALE, ScoreOptions(join=join))
     assert source.tolist() == [0, *(1 + i for i in sorted(seen[0][0].argsort()[:3].tolist())), 9, 10]
 
 
