@@ -216,9 +216,7 @@ class ReferenceModel:
                 elif scores is not None:
                     given = scores[len(chosen_by)]
                 instead = _Scores(given, chosen_by)
-            hidden, source = reduce_tokens(
-                out, query, key, step, weights, params, scale, options, positions, instead
-            )
+            hidden, source = reduce_tokens(out, query, key, step, weights, params, scale, options, positions, instead)
             positions = positions[source]
             kept.append(positions)
         return Prefill(plan, self.decoder.norm(hidden), kept, cache, chosen_by)

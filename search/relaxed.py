@@ -198,7 +198,14 @@ class RelaxedModel:
         row = dict(zip(KINDS, values.table[index].unbind(), strict=True))
         operator = self.rules.operator
         return OperatorParams(
-            row["gamma"], row["tau"], row["theta"], row["rho"], row["nu"], operator.gate_sharpness, operator.norm, operator.aggregate
+            row["gamma"],
+            row["tau"],
+            row["theta"],
+            row["rho"],
+            row["nu"],
+            operator.gate_sharpness,
+            operator.norm,
+            operator.aggregate,
         )
 
     def _reduce(
@@ -221,7 +228,9 @@ class RelaxedModel:
             return group_scores
 
         params, scale = self._params(values, index), layer.self_attn.scaling
-        reduced, source = reduce_tokens(flow.hidden, query, key, step, weights, params, scale, self.options, flow.positions, remember)
+        reduced, source = reduce_tokens(
+            flow.hidden, query, key, step, weights, params, scale, self.options, flow.positions, remember
+        )
         gate, discard = values.gate[index], values.discard[index]
         moved = (reduced - flow.hidden.index_select(0, source)).detach()
         flow.hidden = reduced + (straight(gate) * moved).to(reduced.dtype)

@@ -48,7 +48,7 @@ class Image:
 def topk(image: Image, count: int, score: str = "cls_attention") -> Chosen:
     """The patches of the highest scores ``[N]`` (FasterVLM)."""
     scores = getattr(image, score)
-    return sorted(_ranked(scores, range(len(scores)))[:count]), None
+    return _best(scores, range(len(scores)), count), None
 
 
 def maxmin(image: Image, count: int, features: str = "projected") -> Chosen:
@@ -69,15 +69,13 @@ def coverage(
     image: Image, count: int, score: str = "cls_attention", features: str = "vision", alpha: float = 1.0
 ) -> Chosen:
     """Each next patch adds most to how well all are covered, times its score ``[N]`` to the power alpha (SCOPE)."""
-    cosines = _cosines(getattr(image, features))
+    cosines = np.array(_cosines(getattr(image, features)))
     saliency = [max(float(s), _SMALLEST_SCORE) ** alpha for s in getattr(image, score)]
     patches = range(len(cosines))
     covered = np.zeros(len(cosines))
     chosen: list[int] = []
     while len(chosen) < count:
-        gains = {
-            j: float(np.maximum(0.0, cosines[j] - covered).sum()) * saliency[j] for j in _without(patches, chosen)
-        }
+        gains = {j: float(np.maximum(0.0, cosines[j] - covered).sum()) * saliency[j] for j in _without(patches, chosen)}
         newest = _highest(gains, gains)
         chosen.append(newest)
         covered = np.maximum(covered, cosines[newest])
@@ -142,9 +140,9 @@ def window_topk(image: Image, count: int, window: int = 6) -> Chosen:
     for j in range(number):
         windows.setdefault((j // side // width, j % side // width), []).append(j)
     each = count // 2 // len(windows)
-    kept = [j for members in windows.values() for j in _ranked(image.shallow_attention, members)[:each]]
+    kept = [j for members in windows.values() for j in _best(image.shallow_attention, members, each)]
     others = _without(range(number), kept)
-    return sorted(kept + _ranked(image.cls_attention, others)[: count - len(kept)]), None
+    return sorted(kept + _best(image.cls_attention, others, count - len(kept))), None
 
 
 def visionzip(image: Image, count: int, contextual: float = 5 / 32) -> Chosen:
@@ -156,10 +154,10 @@ def visionzip(image: Image, count: int, contextual: float = 5 / 32) -> Chosen:
     """
     number = len(image.vision)
     merged = min(int(count * contextual + 0.5), count - 1)
-    dominant = sorted(_ranked(image.cls_attention, range(number))[: count - merged - 1])
+    dominant = _best(image.cls_attention, range(number), count - merged - 1)
     rest = _without(range(number), dominant)
     targets = rest[:: max(1, len(rest) // merged)][:merged] if merged else []
-    cosines = _cosines(_mean_over_heads(image.keys))
+    cosines = _cosines(mean_over_heads(image.keys))
     members: dict[int, list[int]] = {target: [] for target in targets}
     if targets:
         for j in _without(rest, targets):
@@ -187,11 +185,11 @@ def prumerge_plus(image: Image, count: int) -> Chosen:
     others = _without(range(number), salient)
     spread = patches - len(salient)
     order = salient + [others[((2 * i + 1) * len(others)) // (2 * spread)] for i in range(spread)]
-    cosines = _cosines(_mean_over_heads(image.keys))
+    cosines = _cosines(mean_over_heads(image.keys))
     tokens = []
     for i in order:
         token = image.vision[i]
-        for j in _ranked(cosines[i], _without(range(number), [i]))[: min(_NEIGHBOURS, number - 1)]:
+        for j in _best(cosines[i], _without(range(number), [i]), min(_NEIGHBOURS, number - 1)):
             token = token + attention[j] * image.vision[j]
         tokens.append(token)
     if count > 1:
@@ -221,6 +219,23 @@ PLAIN: dict[str, Callable[..., Chosen]] = {
 }
 
 
+def attention(query: Array, key: Array) -> Array:
+    """Attention ``[1 + N, 1 + N]`` of each token, class token first, to each, mean over heads of ``[1 + N, H, D]``."""
+    length, heads, width = query.shape
+    mean = np.zeros((length, length))
+    for i in range(length):
+        for head in range(heads):
+            logits = key[:, head] @ query[i, head] / sqrt(width)
+            shares = np.exp(logits - logits.max())
+            mean[i] += shares / shares.sum() / heads
+    return mean
+
+
+def mean_over_heads(keys: Array) -> Array:
+    """``[N, D]`` of ``[N, H, D]``."""
+    return sum(keys[:, head] for head in range(keys.shape[1])) / keys.shape[1]
+
+
 def _highest(values: Sequence[float] | dict[int, float] | Array, among: Iterable[int]) -> int:
     best = -1
     for j in sorted(among):
@@ -233,24 +248,21 @@ def _ranked(values: Sequence[float] | Array, among: Iterable[int]) -> list[int]:
     return sorted(among, key=lambda j: (-float(values[j]), j))
 
 
+def _best(values: Sequence[float] | Array, among: Iterable[int], count: int) -> list[int]:
+    return sorted(sorted(among, key=lambda j: (-float(values[j]), j))[:count])
+
+
 def _without(patches: Iterable[int], gone: Iterable[int]) -> list[int]:
     left_out = set(gone)
     return [j for j in patches if j not in left_out]
 
 
-def _mean_over_heads(keys: Array) -> Array:
-    total = np.zeros_like(keys[:, 0])
-    for head in range(keys.shape[1]):
-        total = total + keys[:, head]
-    return total / keys.shape[1]
-
-
-def _cosines(features: Array) -> Array:
-    """Cosines ``[N, N]``, ``cosines[i, i]`` included; 0 with a vector of length 0."""
+def _cosines(features: Array) -> list[list[float]]:
+    """Cosine of each of ``[N, d]`` to each, itself included; 0 with a vector of length 0."""
     lengths = [sqrt(float(np.dot(row, row))) for row in features]
-    cosines = np.zeros((len(features), len(features)))
+    cosines = [[0.0] * len(features) for _ in features]
     for i, row in enumerate(features):
         for j in range(i, len(features)):
             if lengths[i] > 0.0 and lengths[j] > 0.0:
-                cosines[i, j] = cosines[j, i] = float(np.dot(row, features[j])) / (lengths[i] * lengths[j])
+                cosines[i][j] = cosines[j][i] = float(np.dot(row, features[j])) / (lengths[i] * lengths[j])
     return cosines

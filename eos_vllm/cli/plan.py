@@ -27,12 +27,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="print what a profile keeps per layer, and its KV memory and FLOPs against stock",
         description="Plan a prompt under a profile. FLOPs are those of the decoder layers; their ratio is a ceiling.",
     )
-    parser.add_argument("--profile", metavar="FILE|NAME", help="a profile, or a name of `profile list`")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--profile", metavar="FILE|NAME", help="a profile, or a name of `profile list`")
+    which.add_argument("--compare", metavar="A,B,...", help="profiles in one table at equal cost (--measure, --at)")
     parser.add_argument(
-        "--compare", metavar="A,B,...", help="instead: profiles in one table at equal cost (--measure, --at)"
-    )
-    parser.add_argument(
-        "--measure", default="layer_average", choices=get_args(BudgetMeasure), help="of --compare (default layer_average)"
+        "--measure",
+        default="layer_average",
+        choices=get_args(BudgetMeasure),
+        help="of --compare (default layer_average)",
     )
     parser.add_argument("--at", metavar="N", help="visual tokens by that measure, for --compare")
     parser.add_argument("--model", metavar="DIR|SHAPE", help=f"a directory, or {', '.join((*SHAPES, *PRESET_NAMES))}")
@@ -50,8 +52,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan for each budget; return 0."""
-    if (args.profile is None) == (args.compare is None):
-        raise SettingError("profile", args.profile, "give --profile or --compare, one of the two", "see --help")
     if args.compare is not None:
         return run_compare(args)
     profile = profiles.resolve(args.profile)
@@ -90,9 +90,7 @@ def run_compare(args: argparse.Namespace) -> int:
     for source in args.compare.split(","):
         profile = profiles.resolve(source.strip())
         model = find_geometry(profile, args.model)
-        planner = Planner(
-            measured_by(profile, args.measure, model), at, 1 if args.exact_counts else args.block_size
-        )
+        planner = Planner(measured_by(profile, args.measure, model), at, 1 if args.exact_counts else args.block_size)
         try:
             plan = compare(model, planner, args.text_tokens, args.images, None, args.dtype, args.block_size)
         except BudgetError as error:

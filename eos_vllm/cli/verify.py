@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from eos_vllm.analysis.equivalence import Check, batch_check, corner_checks, gaussian_tokens
+from eos_vllm.analysis.selector_checks import COUNTS, PATCHES, selector_checks
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.importance import complement, top_k
 
@@ -31,6 +32,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--model", metavar="DIR", help="also check on layer 2 hidden states of this Hugging Face LLaVA")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the Gaussian tokens (default 42)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--selectors",
+        action="store_true",
+        help="also hold the selectors in front of the language model against plain loops",
+    )
     parser.set_defaults(run=run)
 
 
@@ -43,6 +49,12 @@ def run(args: argparse.Namespace) -> int:
         real = corner_checks(anchors, discards, scores, merge_tau=_REAL_MERGE_TAU, relative=True)
         shape = f"{len(anchors)} of {len(anchors) + len(discards)} visual tokens kept"
         parts.append(("hidden_states", f"layer {_LAYER} of {args.model}, {shape}, largest relative difference", real))
+    if args.selectors:
+        counts = ", ".join(map(str, COUNTS))
+        title = f"selectors, K of {counts} of {PATCHES} patches, seed {args.seed}, patches that differ"
+        parts.append(
+            ("selectors", f"{title}; of scores and tokens, largest relative difference", selector_checks(args.seed))
+        )
     ok = all(check.ok for _, _, checks in parts for check in checks)
     if args.json:
         document: dict[str, Any] = {"ok": ok, "seed": args.seed, "model": args.model}
@@ -50,13 +62,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         for _, title, checks in parts:
             print(title)
-            print("\n".join(_line(check) for check in checks))
+            width = max(9, *(len(check.check) for check in checks))
+            print("\n".join(_line(check, width) for check in checks))
     return 0 if ok else 1
 
 
-def _line(check: Check) -> str:
+def _line(check: Check, width: int) -> str:
     note = f"  ({check.note})" if check.note else ""
-    return f"{'ok  ' if check.ok else 'FAIL'}  {check.check:<9} {check.difference:.2e}  bound {check.bound:.0e}{note}"
+    return f"{'ok  ' if check.ok else 'FAIL'}  {check.check:<{width}} {check.difference:.2e}  bound {check.bound:.0e}{note}"
 
 
 def hidden_states(directory: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -300,6 +300,8 @@ class _StepDraft:
                 None if slot is None else upload.view(slot) for slot in slots
             )
             groups.append(
-                ImageGroup(total, keep, longest, members, start, row, cached, place, visual, kept, queries, visible, last)  # type: ignore
+                ImageGroup(
+                    total, keep, longest, members, start, row, cached, place, visual, kept, queries, visible, last
+                )  # type: ignore
             )
         return ReducerStep(upload.view(self.source), tuple(groups), self.cached, self.tokens_in, self.tokens_kept)

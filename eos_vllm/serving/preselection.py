@@ -95,11 +95,10 @@ class Preselection:
         caught: dict[int, QueriesAndKeys] = {}
         with _caught(self.layers, caught):
             whole = self.model.vision_tower(pixels, feature_select_strategy="full")
-        has_cls = self.selector.needs_cls or whole.shape[1] > self.planner.profile.model.visual_tokens
-        vision, cls = (whole[:, 1:], whole[:, 0]) if has_cls else (whole, None)
         sharded = self.layers and any(layer.self_attn.tp_size > 1 for layer in self.layers.values())
         join = {"join": mean_over_ranks} if sharded else {}
-        return TowerOutput(vision, self.model.multi_modal_projector, cls, caught, **join)
+        # All towers that are served with a selector are CLIP's, whose first token is CLS.
+        return TowerOutput(whole[:, 1:], self.model.multi_modal_projector, whole[:, 0], caught, **join)
 
     def _resized(self, pixels: torch.Tensor, keep: int) -> TowerOutput:
         embeddings = self.model.vision_tower.vision_model.embeddings

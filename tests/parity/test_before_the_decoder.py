@@ -1,4 +1,8 @@
-"""A reducer before the decoder, alone and with reducers inside: vLLM against the Hugging Face reference, in float32."""
+"""A reducer before the decoder, alone and with reducers inside: vLLM against the Hugging Face reference, in float32.
+
+``visprune`` is not among them: each of its rounds pairs patches by the order of the last, so the last bit of a tower's
+output decides; held against loops on equal outputs it is exact (``test_selectors.py``).
+"""
 
 from typing import Any
 
@@ -12,7 +16,9 @@ LOGPROB_BOUND = 1e-4
 _VALUES = {"gate": 1.0, "tau": 0.1, "theta": 0.0, "rho": 0.0, "nu": 0.0}
 
 
-def make(select: dict[str, Any] | None, inside: tuple[int, ...] = (), withdraw: int | None = None, **more: Any) -> Profile:
+def make(
+    select: dict[str, Any] | None, inside: tuple[int, ...] = (), withdraw: int | None = None, **more: Any
+) -> Profile:
     """A profile for the small model with a reducer before it."""
     first = {"layer": -1, **({"select": select} if select else {}), **_VALUES, "gamma": 0.0, "discard": 0.8}
     first |= more.pop("first", {})
@@ -46,11 +52,14 @@ ALONE = {
         operator={"gate_sharpness": 1e6, "aggregate": "mean"},
     ),
     "resize": make({"rule": "resize"}),
+    "prumerge_plus": make({"rule": "prumerge_plus"}),
 }
 INSIDE = {
     "topk-one-inside": make({"rule": "topk"}, inside=(3,)),
-    "mmr-two-inside-withdrawn": make({"rule": "mmr"}, inside=(2, 4), withdraw=6, importance={"queries": "relevant_text"}),
-    "visprune-withdrawn": make({"rule": "visprune"}, withdraw=5, budget={"measure": "layer_average", "tokens": 96}),
+    "mmr-two-inside-withdrawn": make(
+        {"rule": "mmr"}, inside=(2, 4), withdraw=6, importance={"queries": "relevant_text"}
+    ),
+    "topk-withdrawn": make({"rule": "topk"}, withdraw=5, budget={"measure": "layer_average", "tokens": 96}),
 }
 
 

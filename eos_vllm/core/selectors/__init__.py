@@ -21,17 +21,7 @@ from eos_vllm.core.selectors.visprune import VisPrune
 from eos_vllm.core.selectors.window_topk import WindowTopK
 
 AnySelector = Annotated[
-    TopK
-    | VisionZip
-    | WindowTopK
-    | VisPrune
-    | MaxMin
-    | Coverage
-    | MMR
-    | PruMergePlus
-    | Random
-    | Uniform
-    | Resize,
+    TopK | VisionZip | WindowTopK | VisPrune | MaxMin | Coverage | MMR | PruMergePlus | Random | Uniform | Resize,
     Field(discriminator="rule"),
 ]
 SELECTORS: dict[str, type[Selector]] = {

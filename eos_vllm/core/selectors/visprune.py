@@ -15,7 +15,8 @@ class VisPrune(Selector):
     """``share`` of the count by saliency. The rest, most salient first, is thinned until the count is met.
 
     In each round every other patch of the list, from the first on, is held against those between: the (at most 8) most
-    alike go, the others move to the front of the list, most alike first.
+    alike go, the others move to the front of the list, most alike first. That order decides who meets whom in the next
+    round: a difference in the last bit of a tower's output can end in another choice.
     """
 
     rule: Literal["visprune"] = "visprune"
