@@ -1,9 +1,9 @@
 """The selectors of visual tokens in front of the language model, one image and one number at a time, in float64.
 
-Written from the papers' recipes to hold :mod:`eos_vllm.core.selectors` against; nothing here calls, or is called by, that
-package. A rule takes an :class:`Image` and the count ``K`` of tokens, below the number of patches ``N``, and returns the
-kept patches in ascending order with the features ``[K, dv]`` that stand for them, or None where those are the kept
-patches' own. Of equal values, the one of the lower index counts as the higher.
+Written from the papers' recipes to hold :mod:`eos_vllm.core.selectors` against; nothing here calls, or is called by,
+that package. A rule takes an :class:`Image` and the count ``K`` of tokens, below the number of patches ``N``, and
+returns the kept patches in ascending order with the features ``[K, dv]`` that stand for them, or None where those are
+the kept patches' own. Of equal values, the one of the lower index counts as the higher.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -18,7 +18,7 @@ from eos_vllm.core.selectors import LAST, SELECTORS, QueriesAndKeys, TowerOutput
 PATCHES = 576
 COUNTS = (16, 64, 192)
 # Float32 sums of some hundred terms against float64, relative to the largest value.
-ROUNDING = 2e-5
+ROUNDING = 5e-6
 _HEADS, _WIDTH = 4, 16
 # Square numbers that are powers of two: vectors of so many signs have a length without rounding.
 _VISION, _PROJECTED = 64, 16

@@ -30,7 +30,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "Exit code 1 if a bound is broken.",
     )
     parser.add_argument("--model", metavar="DIR", help="also check on layer 2 hidden states of this Hugging Face LLaVA")
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the Gaussian tokens (default 42)")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the random tokens (default 42)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--selectors",
@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
         parts.append(("hidden_states", f"layer {_LAYER} of {args.model}, {shape}, largest relative difference", real))
     if args.selectors:
         counts = ", ".join(map(str, COUNTS))
-        title = f"selectors, K of {counts} of {PATCHES} patches, seed {args.seed}, patches that differ"
-        parts.append(
-            ("selectors", f"{title}; of scores and tokens, largest relative difference", selector_checks(args.seed))
+        title = (
+            f"Selectors, {counts} of {PATCHES} patches, seed {args.seed}, patches that differ or relative difference"
         )
+        parts.append(("selectors", title, selector_checks(args.seed)))
     ok = all(check.ok for _, _, checks in parts for check in checks)
     if args.json:
         document: dict[str, Any] = {"ok": ok, "seed": args.seed, "model": args.model}
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _line(check: Check, width: int) -> str:
     note = f"  ({check.note})" if check.note else ""
-    return f"{'ok  ' if check.ok else 'FAIL'}  {check.check:<{width}} {check.difference:.2e}  bound {check.bound:.0e}{note}"
+    word = "ok  " if check.ok else "FAIL"
+    return f"{word}  {check.check:<{width}} {check.difference:.2e}  bound {check.bound:.0e}{note}"
 
 
 def hidden_states(directory: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -71,7 +71,10 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 def test_plan_prints_each_segment_and_the_totals(capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys, "plan", "--profile", V2, "--retain", "64", "--exact-counts").splitlines()
-    assert "retain 64 (layer_average): keeps 66, 34, 20 per image; final 20, layer_average 81.8" in lines
+    assert (
+        "retain 64 (layer_average): keeps 66, 34, 20 per image; layer average 81.8, visual KV 14.2% of stock's, "
+        "prefill FLOPs 25.2%, final 20"
+    ) in lines
     rows = {line.split()[0]: line.split()[1:] for line in lines if line[:1].isdigit()}
     assert rows == {
         "0-2": ["576", "664", "10.38", "100.0%", "276", "100.0%", "1", "0", "42"],

@@ -61,7 +61,7 @@ BAD = {
         ("reducers: layers [3, 3]", "strictly increase", "correct"),
     ),
     "layer too deep": ({"reducers": [reducer(7)]}, ("reducers[0].layer=7", "too deep", "6 is the last")),
-    "layer -1": ({"reducers": [reducer(-1)]}, ("reducers[0].layer=-1", "reserved", "correct it")),
+    "layer -1": ({"reducers": [reducer(-1)]}, ("reducers[0].layer=-1", "needs schema eos-profile/2", "correct it")),
     "layer -2": ({"reducers": [reducer(-2)]}, ("profile.reducers.0.layer", "-2", "correct it")),
     "all is discarded": ({"reducers": [reducer(1, 1.0)]}, ("reducers[0]", "gate*discard=1.0", "below 1")),
     "unknown queries": ({"importance": {"queries": "first"}}, ("profile.importance.queries", "'first'", "last_text")),
