@@ -1,0 +1,228 @@
+"""Every selector and shipped profile of the embedded model at equal cost: accuracy, and requests per second, of each.
+
+    python benchmarks/equal_cost.py --out results/equal-cost.json            # accuracy (an hour on two cores), then speed
+    python benchmarks/equal_cost.py --table results/equal-cost.json          # prints the tables of a result again
+
+Cost is the layer average: visual tokens that a decoder layer caches, on average over layers. Accuracy is that of the
+Hugging Face reference with a server's counts; speed is that of vLLM answering the same questions, one model and one
+profile per row. What was stopped goes on with the same command.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from eos_search.accuracy import AVERAGE, Share
+from eos_search.answerers import STOCK, Case, ReferenceAnswerer
+from eos_search.evaluation import evaluate
+from eos_vllm import profiles
+from eos_vllm.analysis.comparison import measured_by
+from eos_vllm.cluttervqa import Row, read_rows
+from eos_vllm.cluttervqa.dataset import export
+from eos_vllm.core.budget import REQUEST_FIELD, kept_counts
+from eos_vllm.core.errors import BudgetError
+from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.core.selectors import SELECTORS
+from eos_vllm.models import embedded
+from eos_vllm.models.geometry import geometry
+from eos_vllm.provenance import provenance
+
+COSTS = (296, 256, 192, 128, 64, 32, 16)
+BLOCK = 32
+REQUESTS, REPEATS = 48, 3
+# Selectors whose defaults are LLaVA-1.5's, or which one score does not describe.
+RULES: dict[str, dict[str, Any]] = {
+    **{rule: {"rule": rule} for rule in SELECTORS if rule not in ("topk", "window_topk")},
+    "window_topk": {"rule": "window_topk", "shallow_layer": 0},
+    "topk cls_attention": {"rule": "topk", "score": "cls_attention"},
+    "topk received_attention": {"rule": "topk", "score": "received_attention"},
+    "topk rarity": {"rule": "topk", "score": "rarity"},
+    "coverage uniform": {"rule": "coverage", "score": "uniform"},
+    "mmr rarity": {"rule": "mmr", "score": "rarity"},
+}
+
+
+def selector_profile(name: str, select: dict[str, Any]) -> Profile:
+    """A profile of one selector before the decoder and nothing else."""
+    prune = {"gate": 1.0, "discard": 0.8, "gamma": 0.0, "tau": 1.0, "theta": 0.0, "rho": 0.0, "nu": 0.0}
+    model = {"architecture": "LlavaForConditionalGeneration", "num_decoder_layers": 8, "visual_tokens": 576}
+    return parse_profile(
+        {
+            "schema": "eos-profile/2",
+            "name": name,
+            "model": model,
+            "reducers": [{"layer": -1, "select": select, **prune}],
+            "budget": {"measure": "layer_average", "tokens": 64},
+        }
+    )
+
+
+def all_profiles() -> dict[str, Profile]:
+    """Selectors alone, then the shipped profiles of the embedded model with budgets read as costs."""
+    found = {name: selector_profile(name, select) for name, select in RULES.items()}
+    sizes = geometry(str(embedded.path()))
+    for name in profiles.names():
+        if name.startswith("embedded-"):
+            found[name] = measured_by(profiles.load(name), "layer_average", sizes)
+    return found
+
+
+def reachable(profile: Profile) -> list[int]:
+    """Costs that the profile's layers can meet."""
+    costs = []
+    for cost in COSTS:
+        try:
+            kept_counts(profile, cost)
+        except BudgetError:
+            continue
+        costs.append(cost)
+    return costs
+
+
+def measure_accuracy(result: dict[str, Any], rows: list[Row], save: Any) -> None:
+    """Adds what is missing of the accuracies, a profile at a time."""
+    answerer = ReferenceAnswerer(embedded.path())
+    try:
+        named: dict[str, list[Case]] = {STOCK: [Case(STOCK, None, None)]}
+        for name, profile in all_profiles().items():
+            named[name] = [Case(name, profile, cost, block=BLOCK) for cost in reachable(profile)]
+        for name, cases in named.items():
+            have = {(c["profile"], c["budget"]) for c in result["cases"]}
+            missing = [c for c in cases if (c.name, c.budget) not in have]
+            if not missing:
+                continue
+            start = time.monotonic()
+            found = evaluate(answerer, rows, missing, lambda _: lambda _n: None)
+            result["cases"] += found
+            save()
+            print(f"{name}: {len(missing)} costs, {time.monotonic() - start:.0f} s", flush=True)
+    finally:
+        answerer.close()
+
+
+def measure_speed(result: dict[str, Any], rows: list[Row], save: Any) -> None:
+    """Adds what is missing of the speeds: each profile's engine between two of stock's."""
+    have = {entry["profile"] for entry in result["speed"]}
+    for name, profile in all_profiles().items():
+        if name in have or not (costs := reachable(profile)):
+            continue
+        before, ours, after = (run_engine(rows, p, costs) for p in (None, profile, None))
+        stock = before[0] + after[0]
+        speeds = {str(cost): ours[cost] for cost in costs}
+        result["speed"].append({"profile": name, "stock": stock, "requests_per_second": speeds})
+        save()
+        print(f"{name}: stock {statistics.mean(stock):.1f}, ours {speeds}", flush=True)
+
+
+def run_engine(rows: list[Row], profile: Profile | None, costs: list[int]) -> dict[int, list[float]]:
+    """Requests per second of one engine with its own defaults, by cost; 0 stands for stock."""
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    extra = {} if profile is None else {"additional_config": {"eos": {"profile": profile.to_dict()}}}
+    llm: Any = LLM(str(embedded.path()), dtype="float32", max_model_len=2048, kv_cache_memory_bytes=256 << 20, **extra)
+    try:
+        chosen = rows[:: max(1, len(rows) // REQUESTS)][:REQUESTS]
+        images = [Image.open(row.image_files[0]).convert("RGB") for row in chosen]
+        found: dict[int, list[float]] = {}
+        for repeat in range(REPEATS + 1):
+            for cost in costs if profile is not None else [0]:
+                # Other pixels each time, so that nothing is cached.
+                shifted = [stamped(image, repeat * 1000 + cost) for image in images]
+                prompts = [
+                    {"prompt": f"USER: <image>\n{row.prompt} ASSISTANT:", "multi_modal_data": {"image": image}}
+                    for row, image in zip(chosen, shifted, strict=True)
+                ]
+                budget = {REQUEST_FIELD: cost} if cost else None
+                params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args=budget)
+                start = time.monotonic()
+                llm.generate(prompts, params, use_tqdm=False)
+                if repeat:  # the first round warms up
+                    found.setdefault(cost, []).append(round(len(prompts) / (time.monotonic() - start), 3))
+        return found
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def stamped(image: Any, number: int) -> Any:
+    """The image with a number in its first pixels."""
+    copy = image.copy()
+    for i in range(4):
+        copy.putpixel((i, 0), ((number >> (8 * i)) & 255, number % 251, i))
+    return copy
+
+
+def table(result: dict[str, Any]) -> str:
+    """Both tables as Markdown: average accuracy by cost, by kind at 64, and speed over stock's."""
+    cases = {(c["profile"], c["budget"]): c for c in result["cases"]}
+    names = list(dict.fromkeys(c["profile"] for c in result["cases"] if c["profile"] != STOCK))
+    speeds = {entry["profile"]: entry for entry in result["speed"]}
+    stock = Share(**cases[STOCK, None]["accuracy"][AVERAGE])
+    lines = [
+        f"Unreduced: {stock} at 576.",
+        "",
+        "| profile | " + " | ".join(f"{cost}" for cost in COSTS) + " |",
+        "| --- |" + " --- |" * len(COSTS),
+    ]
+    for name in names:
+        cells = []
+        for cost in COSTS:
+            case = cases.get((name, cost))
+            if case is None:
+                cells.append("-")
+                continue
+            cell = str(Share(**case["accuracy"][AVERAGE]))
+            if name in speeds:
+                ours = statistics.mean(speeds[name]["requests_per_second"][str(cost)])
+                cell += f"; {ours / statistics.mean(speeds[name]['stock']):.2f}x"
+            cells.append(cell)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    kinds = [kind for kind in cases[STOCK, None]["accuracy"] if kind != AVERAGE]
+    lines += ["", "| at 64 | " + " | ".join(kinds) + " |", "| --- |" + " --- |" * len(kinds)]
+    for name in (STOCK, *names):
+        if case := cases.get((name, None if name == STOCK else 64)):
+            lines.append(f"| {name} | " + " | ".join(str(Share(**case["accuracy"][kind])) for kind in kinds) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measures what is missing, or prints a table; returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/equal-cost.json"))
+    parser.add_argument("--table", type=Path, default=None, help="print the tables of this result, and measure nothing")
+    parser.add_argument("--images", type=int, default=120)
+    parser.add_argument("--only", choices=("accuracy", "speed"), default=None)
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return 0
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    result: dict[str, Any] = {"provenance": provenance(seed=0), "images": args.images, "cases": [], "speed": []}
+    if args.out.exists():
+        result = json.loads(args.out.read_text())
+
+    def save() -> None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory(prefix="eos-equal-") as folder:
+        rows = read_rows(export(Path(folder) / "rows", "test", args.images))
+        result["questions"] = len(rows)
+        if args.only != "speed":
+            measure_accuracy(result, rows, save)
+        if args.only != "accuracy":
+            measure_speed(result, rows, save)
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
