@@ -66,7 +66,7 @@ def exact_tower(seed: int, batch: int, patches: int, levels: int = 256, twins: i
 
     def scores() -> torch.Tensor:
         values = torch.randint(0, levels + 1, (batch, patches), generator=generator) / levels
-        # The lowest and highest are 0 and 1, so that scaling to that range is exact too.
+        # With 0 and 1 among them, scaling to that range is exact too.
         ends = torch.rand(batch, patches, generator=generator).argsort(dim=1)
         return values.scatter(1, ends[:, :1], 0.0).scatter(1, ends[:, 1:2], 1.0)
 
@@ -85,7 +85,11 @@ def exact_tower(seed: int, batch: int, patches: int, levels: int = 256, twins: i
         project=lambda _: projected,
         cls=signs(batch, _VISION),
         layers={LAST: QueriesAndKeys(layer, layer)},
-        given={name: scores() for name in ("cls_attention", "shallow_attention", "received_attention")},
+        given={
+            "cls_attention": scores(),
+            "shallow_attention": scores(),
+            "received_attention": (scores() + 1.0) / 4.0,
+        },
     )
 
 

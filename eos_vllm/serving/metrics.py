@@ -196,5 +196,8 @@ class WorkerLog:
             return
         self.due = now + envs.VLLM_LOG_STATS_INTERVAL
         pairs = zip(self.layers, counters.tokens_in, counters.tokens_kept, strict=True)
-        steps = ", ".join(f"{before}->{after} at layer {layer}" for layer, before, after in pairs)
+        steps = ", ".join(
+            f"{before}->{after} {'before the decoder' if layer < 0 else f'after layer {layer}'}"
+            for layer, before, after in pairs
+        )
         logger.info("eos: this worker reduced %d images since start: visual tokens %s", counters.images, steps)
