@@ -88,7 +88,7 @@ def read_structure(values: ThetaValues, rules: Rules, budget: int | None = None)
 
 
 def _reducer(layer: int, row: list[float]) -> Reducer:
-    return Reducer(layer=layer, **dict(zip(KINDS, row, strict=True)))
+    return Reducer.model_validate({"layer": layer, **dict(zip(KINDS, row, strict=True))})
 
 
 def _profile(rows: list[list[float]], acting: tuple[int, ...], rules: Rules) -> Profile:

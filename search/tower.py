@@ -24,7 +24,7 @@ def tower_output(model: Any, pixels: torch.Tensor, selector: Selector) -> TowerO
     caught: dict[int, dict[str, torch.Tensor]] = {}
     hooks = []
     for number in selector.reads_layers():
-        attention = tower.encoder.layers[last if number == LAST else min(number, last)].self_attn
+        attention = tower.encoder.layers[last if number == LAST else number].self_attn
         seen = caught.setdefault(number, {})
         for name in ("q", "k"):
             projection = getattr(attention, f"{name}_proj")
@@ -47,7 +47,8 @@ def tower_output(model: Any, pixels: torch.Tensor, selector: Selector) -> TowerO
 @torch.no_grad()
 def entering_tokens(model: Any, pixels: torch.Tensor, profile: Profile, keep: int) -> list[torch.Tensor]:
     """Visual tokens of each image that enter the decoder ``[K, d]`` each, by the profile's reducer before it."""
-    assert profile.before is not None and profile.selector is not None
+    assert profile.before is not None
+    assert profile.selector is not None
     selector = profile.selector
     if isinstance(selector, Resize) and keep < profile.model.visual_tokens:
         smaller = shrink_pixels(pixels, math.isqrt(keep), model.config.vision_config.patch_size)

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from typing import get_args
+from typing import Any, get_args
 
 from eos_vllm import profiles
 from eos_vllm.analysis.comparison import CostComparison, compare, measured_by
@@ -86,7 +86,7 @@ def run_compare(args: argparse.Namespace) -> int:
     if args.at is None:
         raise SettingError("at", None, "--compare needs a cost to compare at", "give e.g. --at 64")
     at = parse_budget(args.at, "at")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for source in args.compare.split(","):
         profile = profiles.resolve(source.strip())
         model = find_geometry(profile, args.model)

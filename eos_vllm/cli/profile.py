@@ -149,8 +149,9 @@ def json_schema() -> dict[str, Any]:
     schema["description"] = (
         "Operator profile of eos-vllm. Beyond this schema: a file has at most 1 MiB; reducer layers strictly increase "
         "and are below num_decoder_layers - 1; -1 and select belong to the first reducer, withdraw to the last; "
-        "gate*discard is below 1; each schedule has a positive whole number as its key and one count per reducer, which "
-        "do not increase and lie in 1..visual_tokens (0 where withdrawn); budget.minimum is at most visual_tokens; "
+        "gate*discard is below 1; each schedule has a positive whole number as its key and one count per reducer, "
+        "which do not increase and lie in 1..visual_tokens (0 where withdrawn); "
+        "budget.minimum is at most visual_tokens; "
         "budget.measure flops needs model.flops_crossover."
     )
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -301,7 +301,8 @@ class _StepDraft:
             )
             groups.append(
                 ImageGroup(
-                    total, keep, longest, members, start, row, cached, place, visual, kept, queries, visible, last
-                )  # type: ignore
+                    *(total, keep, longest, members, start, row, cached, place, visual),
+                    *(kept, queries, visible, last),  # type: ignore[arg-type]
+                )
             )
         return ReducerStep(upload.view(self.source), tuple(groups), self.cached, self.tokens_in, self.tokens_kept)

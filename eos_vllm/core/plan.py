@@ -274,8 +274,8 @@ class Planner:
         """Plans one request.
 
         Args:
-            prompt: its tokens, each image with all the visual tokens that enter the decoder. Their number does where the profile's window is
-                the whole prompt.
+            prompt: its tokens, each image with all visual tokens that enter the decoder. Their number does where the
+                profile's window is the whole prompt.
             spans: where the images are; sorted here.
             budget: retain budget per image, as the request names it.
 

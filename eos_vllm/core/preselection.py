@@ -39,7 +39,7 @@ def preselect(tower: TowerOutput, selector: Selector, params: OperatorParams, ke
 
 
 def shrink_pixels(pixels: torch.Tensor, side: int, patch: int) -> torch.Tensor:
-    """Processed images ``[B, 3, h, w]`` made ``side`` patches of ``patch`` pixels wide and high (selector ``resize``)."""
+    """Processed images ``[B, 3, h, w]`` ``side`` patches of ``patch`` pixels wide and high (selector ``resize``)."""
     size = (side * patch, side * patch)
     return F.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True).to(pixels.dtype)
 

@@ -59,8 +59,8 @@ class ImportanceSpec(_Part):
 
     ``window`` bounds the text that counts (:mod:`eos_vllm.core.windows`): ``turn`` if absent, ``prompt`` in schema 1.
     ``queries: image`` lets the image's own last tokens ask, whatever the question; its window is the image. ``heads``
-    names those whose mean counts, in all layers alike; ``reduce`` joins queries. ``debias`` holds what each place of the
-    image receives on average: scores are divided by it before top-K.
+    names those whose mean counts, in all layers alike; ``reduce`` joins queries. ``debias`` holds what each place of
+    the image receives on average: scores are divided by it before top-K.
     """
 
     queries: QueryRule = "relevant_text"
@@ -137,9 +137,9 @@ AnyReducer = Annotated[
 class Budget(_Part):
     """Retain budget per image: ``tokens`` by ``measure``; no reducer keeps fewer than ``minimum`` (Kmin of Eq. 11).
 
-    By ``final`` it is what is left behind the last reducer (of those that withdraw nothing). By the others it is a cost:
-    that of carrying so many visual tokens through every layer, in cached tokens (``layer_average``, and ``kv_bytes``,
-    which is the same) or in FLOPs of the prefill (``flops``).
+    By ``final`` it is what is left behind the last reducer (of those that withdraw nothing). By the others it is a
+    cost: that of carrying so many visual tokens through every layer, in cached tokens (``layer_average``, and
+    ``kv_bytes``, which is the same) or in FLOPs of the prefill (``flops``).
     """
 
     measure: BudgetMeasure = "final"

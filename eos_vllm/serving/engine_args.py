@@ -329,6 +329,11 @@ def check_tower(profile: Profile, config: Any) -> None:
     if not isinstance(config.vision_feature_layer, int):
         problem = f"{rule} reads one layer's features, the model has those of several"
         raise SettingError("model.vision_feature_layer", config.vision_feature_layer, problem, "leave layer -1 out")
+    depth = config.vision_config.num_hidden_layers
+    built = config.vision_feature_layer + (depth + 1 if config.vision_feature_layer < 0 else 0)
+    if (deepest := max(profile.selector.reads_layers(), default=0)) >= built:
+        problem = f"{rule} reads tower layer {deepest}, and the model runs {built} of them"
+        raise SettingError("profile.reducers.0.select", rule, problem, f"name a layer below {built}")
     if tower != "clip_vision_model":
         needs = "a CLS token, which it lacks" if profile.selector.needs_cls else "a CLIP tower; no other is proven"
         raise SettingError("model.vision_config.model_type", tower, f"{rule} needs {needs}", "serve a CLIP LLaVA")

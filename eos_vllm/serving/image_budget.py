@@ -1,7 +1,7 @@
 """The front end's part of a reducer before the decoder: a request's budget reaches the processor that renders it.
 
-vLLM renders a prompt before it looks at the request's parameters, and with this kind of reducer the number of an image's
-placeholders depends on them.
+vLLM renders a prompt before it looks at the request's parameters, and with this kind of reducer the number of an
+image's placeholders depends on them.
 """
 
 import functools
@@ -25,8 +25,8 @@ def install_image_budget() -> None:
 
     Symptom without: every image has the server's budget, or the request is refused. Cause: ``LLM.generate`` and
     ``LLM.chat`` hand a lazy iterator of rendered prompts and a list of parameters to one method, where both can be
-    paired; over HTTP, processor arguments of strangers are refused, for they may cost. Why safe: ours only makes prompts
-    shorter; all others are checked as before. Can go when vLLM gives parameters to the processor.
+    paired; over HTTP, processor arguments of strangers are refused, for they may cost. Why safe: ours only makes
+    prompts shorter; all others are checked as before. Can go when vLLM gives parameters to the processor.
     """
     if getattr(OfflineInferenceMixin, "eos_installed", False):
         return

@@ -58,8 +58,8 @@ class EosLlavaProcessor(LlavaMultiModalProcessor):
         if self.planner is not None and "image" in inputs.mm_data_items:
             if isinstance(inputs.mm_data_items["image"], ImageEmbeddingItems):
                 raise ValueError(
-                    "image_embeds: this server selects an image's tokens from what its vision tower gives, and embeddings "
-                    "have left it; send the image"
+                    "image_embeds: this server selects an image's tokens from what its vision tower gives, and "
+                    "embeddings have left it; send the image"
                 )
             given = dict(inputs.hf_processor_mm_kwargs)
             budget = given.pop(REQUEST_FIELD, None)

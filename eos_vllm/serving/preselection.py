@@ -27,19 +27,17 @@ class Preselection:
 
     def __init__(self, planner: Planner, model: Any, vllm_config: VllmConfig, counters: Counters) -> None:
         profile = planner.profile
-        assert profile.before is not None and profile.selector is not None
+        assert profile.before is not None
+        assert profile.selector is not None
         self.planner, self.selector, self.params = planner, profile.selector, profile.params_of(profile.before)
         self.model, self.counters = model, counters
         self.encoder = model.vision_tower.vision_model.encoder
         depth = len(self.encoder.layers)
         # vLLM builds the tower up to the layer whose features it reads, so the last one there is the last that runs.
-        self.layers = {i: self.encoder.layers[depth - 1 if i == LAST else min(i, depth - 1)] for i in self._reads()}
-        # vLLM counts an image by its K rows, the tower works on all of it: no more at once than memory was profiled for.
+        self.layers = {i: self.encoder.layers[depth - 1 if i == LAST else i] for i in self.selector.reads_layers()}
+        # vLLM counts an image by its K rows, the tower works on all of it: no more at once than memory is profiled for.
         self.at_once = max(1, vllm_config.scheduler_config.max_num_batched_tokens // profile.model.visual_tokens)
         self.rehearsed = False
-
-    def _reads(self) -> tuple[int, ...]:
-        return self.selector.reads_layers()
 
     def embed(self, kwargs: dict[str, Any]) -> Any:
         """Rows of each image of ``embed_multimodal``'s arguments, in order ``[K, d]`` each.
@@ -126,7 +124,7 @@ def _caught(layers: dict[int, nn.Module], seen: dict[int, QueriesAndKeys]) -> It
     """Catches queries and keys of tower layers within the block, from the projection that they run anyway."""
     hooks = []
     for number, layer in layers.items():
-        attention = layer.self_attn
+        attention: Any = layer.self_attn
 
         def catch(_: nn.Module, __: Any, output: Any, number: int = number, attention: Any = attention) -> None:
             query, key, _v = output[0].chunk(3, dim=-1)

@@ -1,4 +1,4 @@
-"""What schema ``eos-profile/2`` adds: selection before the decoder, withdrawal, options of the score, budgets by cost."""
+"""What schema ``eos-profile/2`` adds: reducers before the decoder, withdrawal, score options, budgets by cost."""
 
 import json
 from pathlib import Path

@@ -28,6 +28,8 @@ class Selector(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
+    rule: str
+
     # Whether the method mixes features itself, so that a profile may ask the operator for nothing else.
     mixes: ClassVar[bool] = False
     # Whether the tower needs a CLS token beyond what the score needs.
@@ -41,7 +43,7 @@ class Selector(BaseModel):
         raise NotImplementedError
 
     def saliency(self, tower: TowerOutput) -> torch.Tensor:
-        """Scores of all patches ``[B, N]`` by which the operator reweights (``rho``): the rule's own, else all alike."""
+        """Scores of all patches ``[B, N]`` by which the operator reweights (``rho``): the rule's own, else 1."""
         return tower.score(self.score_name)
 
     @property
