@@ -301,7 +301,7 @@ class _StepDraft:
             )
             groups.append(
                 ImageGroup(
-                    *(total, keep, longest, members, start, row, cached, place, visual),
+                    *(total, keep, longest, members, start, row, cached, place, visual),  # type: ignore[arg-type]
                     *(kept, queries, visible, last),  # type: ignore[arg-type]
                 )
             )

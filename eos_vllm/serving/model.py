@@ -55,9 +55,9 @@ class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         counters = Counters(len(planner.profile.reducers))
         if planner.profile.before is not None:
             self.eos_before = Preselection(planner, self, vllm_config, counters)
+        hook_v1_runner()
         if planner.profile.inside:
             self.eos = Reduction(planner, self.language_model.model, vllm_config, counters)
-            hook_v1_runner()
             if self.eos.stages > 1:
                 extend_intermediate_tensors(self, self.eos.sends_embeddings)
 

@@ -53,20 +53,36 @@ class Preselection:
             raise RuntimeError("eos: an image came without the number of tokens that its prompt holds for it")
         pixels, counts = image_input["pixel_values"], [int(k) for k in torch.as_tensor(keep).flatten()]
         if not self.rehearsed:
-            # vLLM's memory profile shows images that keep all tokens; the selector belongs into it, and is proved here.
-            self.rehearsed = True
-            self._rehearse(pixels[: self.at_once])
+            # In vLLM's memory profile, whose images keep all tokens: the selector belongs into it.
+            self.rehearse(pixels[: self.at_once])
         rows: list[torch.Tensor] = []
         for start in range(0, len(counts), self.at_once):
             rows += self._embed(pixels[start : start + self.at_once], counts[start : start + self.at_once])
         return rows
 
-    def _rehearse(self, pixels: torch.Tensor) -> None:
-        keep = min(self.planner.image_tokens(), self.planner.profile.model.visual_tokens)
-        images = self.counters.images, list(self.counters.tokens_in), list(self.counters.tokens_kept)
-        rows = self._embed(pixels, [keep] * len(pixels))
-        self.counters.images, self.counters.tokens_in, self.counters.tokens_kept = images
-        if any(len(row) != keep for row in rows):
+    def rehearse(self, pixels: torch.Tensor | None = None) -> None:
+        """Selects from made-up images once, with the server's own budget, before the first request.
+
+        Args:
+            pixels: processed images; as many as the tower takes at once where None.
+
+        Raises:
+            RuntimeError: other rows came of it than the prompt would have placeholders for.
+        """
+        if self.rehearsed:
+            return
+        self.rehearsed = True
+        if pixels is None:
+            config, like = self.model.config.vision_config, self.model.vision_tower.vision_model.embeddings
+            weight = like.patch_embedding.weight
+            shape = (self.at_once, config.num_channels, config.image_size, config.image_size)
+            pixels = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        keep, counters = self.planner.image_tokens(), self.counters
+        self.counters = Counters(len(self.planner.profile.reducers))
+        with torch.inference_mode():
+            rows = self._embed(pixels, [keep] * len(pixels))
+        self.counters = counters
+        if any(len(row) != keep or not bool(row.isfinite().all()) for row in rows):
             raise RuntimeError(f"eos: rehearsal: images of {[len(row) for row in rows]} tokens, planned {keep}")
 
     def _embed(self, pixels: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:

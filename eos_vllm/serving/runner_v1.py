@@ -41,6 +41,8 @@ def hook_v1_runner() -> None:
 
     @functools.wraps(initialize)
     def initialize_with_proof(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if before := getattr(self.get_model(), "eos_before", None):
+            before.rehearse()
         if not (reduction := reduction_of(self)):
             return initialize(self, kv_cache_config, *args, **kwargs)
         reduction.batch.allocate()

@@ -39,6 +39,8 @@ def hook_v2_runner() -> None:
 
     @functools.wraps(initialize)
     def initialize_and_rehearse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if before := self.get_model().eos_before:
+            before.rehearse()
         result = initialize(self, *args, **kwargs)
         if reduction := self.get_model().eos:
             rehearse(self, reduction, self.encoder_cache.encoder_outputs)

@@ -16,6 +16,15 @@ from support.profiles import make_profile
 PROFILE = make_profile(
     schema="eos-profile/2", operator_values={"gamma": 0.3, "tau": 0.4, "theta": 0.1, "rho": 0.6, "nu": 0.35}
 )
+_TRANSFER = {"gate": 1.0, "discard": 0.6, "gamma": 0.3, "tau": 0.4, "theta": 0.1, "rho": 0.6, "nu": 0.35}
+BEFORE = make_profile(
+    schema="eos-profile/2",
+    reducers=[
+        {"layer": -1, "select": {"rule": "coverage"}, **_TRANSFER},
+        {"layer": 3, **_TRANSFER},
+        {"layer": 5, "withdraw": True},
+    ],
+)
 ASKS = (9, 16)
 KEEP_ALL = 576
 
@@ -53,6 +62,19 @@ def test_pipeline_parallel(model: Path, alone: Any, tmp_path: Path, partition: s
     assert_same(run.answers, alone[0])
     kept = [sum(counts) for counts in zip(*(report["tokens_kept"] for report in run.reports), strict=True)]
     assert kept == alone[1]["tokens_kept"]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}],
+    ids=["tensor", "pipeline"],
+)
+def test_before_the_decoder_on_two_ranks(model: Path, tmp_path: Path, sizes: dict[str, int]) -> None:
+    """Each rank scores with its own heads of the tower, and both choose the same patches."""
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    run = answers_alone(tmp_path, model, BEFORE, ASKS, variables, max_num_batched_tokens=2048, **sizes)
+    with engine(model, BEFORE) as llm:
+        assert_same(run.answers, answer_all(llm, asks_of(*ASKS)))
 
 
 @pytest.mark.parametrize("blocks", [None, 4 * (1376 // 32) + 2], ids=["room", "preemption"])

@@ -26,6 +26,19 @@ PROFILES = {
         schedules={"64": [300, 40, 7], "16": [66, 30, 17], "192": [300, 200, 118]},
         importance={"queries": "last_text"},
     ),
+    "max-heads-debiased-means": make_profile(
+        schema="eos-profile/2",
+        layers=(1, 4),
+        operator_values={"gamma": 0.4, "tau": 0.3},
+        operator={"aggregate": "mean"},
+        importance={
+            "queries": "all_text",
+            "window": "prompt",
+            "reduce": "max",
+            "heads": [0, 3],
+            "debias": [1.0 + i / 576 for i in range(576)],
+        },
+    ),
     "prune-one-reducer": make_profile(layers=(2,), operator_values={"discard": 0.8}),
 }
 LOGPROB_BOUND = 1e-4

@@ -28,7 +28,7 @@ class Selector(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
-    rule: str
+    rule: str = ""
 
     # Whether the method mixes features itself, so that a profile may ask the operator for nothing else.
     mixes: ClassVar[bool] = False
