@@ -108,6 +108,7 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_LLAVA = "vllm.model_executor.models.llava"
 _ATTENTION = "vllm.model_executor.layers.attention:Attention"
 
 RELIANCES: dict[Process, tuple[Reliance, ...]] = {
@@ -129,6 +130,11 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Has("vllm.config:CUDAGraphMode", ("FULL", "FULL_DECODE_ONLY")),
         Has("vllm.config:CompilationMode", ("STOCK_TORCH_COMPILE",)),
         Takes("vllm.compilation.breakable_cudagraph:is_breakable_cudagraph_enabled", ()),
+        Takes("vllm.entrypoints.common.offline:OfflineInferenceMixin._render_and_add_requests", ("prompts", "params")),
+        Takes("vllm.renderers.online_renderer:validate_request_mm_kwargs", ("mm_processor_kwargs",)),
+        Has("vllm.multimodal.processing.inputs:ProcessorInputs", ("mm_data_items", "hf_processor_mm_kwargs")),
+        Takes(f"{_LLAVA}:_build_llava_or_pixtral_hf_processor", ("info", "dummy_inputs")),
+        Overrides(f"{_LLAVA}:LlavaMultiModalProcessor", "eos_vllm.serving.image_processor:EosLlavaProcessor"),
     ),
     "engine core": (
         Takes(f"{_SCHEDULER}.schedule", ("self",)),
@@ -188,6 +194,9 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Takes("vllm.model_executor.models.llama:LlamaDecoderLayer.forward", ("positions", "hidden_states", "residual")),
         Takes("vllm.v1.attention.backend:subclass_attention_backend_with_overrides", ("name_prefix", "overrides")),
         Has("vllm.model_executor.model_loader.utils", ("_MODEL_ARCH_BY_HASH",)),
+        Takes(f"{_LLAVA}:LlavaForConditionalGeneration._parse_and_validate_image_input", ("self",)),
+        Takes("vllm.model_executor.models.clip:CLIPVisionModel.forward", ("pixel_values", "feature_select_strategy")),
+        Takes("vllm.model_executor.models.clip:CLIPVisionEmbeddings.forward", ("pixel_values",)),
         Fields("vllm.v1.attention.backend:CommonAttentionMetadata", (
             "query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len",
             "max_seq_len", "block_table_tensor", "slot_mapping", "causal", "logits_indices_padded",

@@ -52,6 +52,7 @@ class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.eos_before: Preselection | None = None
         if planner is None:
             return
+        check_contract("worker")
         counters = Counters(len(planner.profile.reducers))
         if planner.profile.before is not None:
             self.eos_before = Preselection(planner, self, vllm_config, counters)
@@ -98,7 +99,6 @@ class Reduction:
     """
 
     def __init__(self, planner: Planner, decoder: Any, vllm_config: VllmConfig, counters: Counters) -> None:
-        check_contract("worker")
         self.planner = planner
         self.profile = planner.profile
         self.decoder = decoder

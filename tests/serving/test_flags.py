@@ -203,7 +203,7 @@ def _layers(*layers: int) -> Callable[[], str]:
         (_reducer(tau=0), "reducers.0.tau"),
         (_layers(3, 1), "strictly increase"),
         (_layers(7), "too deep"),
-        (_layers(-1), "reserved"),
+        (_layers(-1), "needs schema eos-profile/2"),
         (_model(num_decoder_layers=32), "num_decoder_layers"),
         (_model(visual_tokens=729), "visual_tokens"),
         (_model(architecture="Qwen2VLForConditionalGeneration"), "architecture"),

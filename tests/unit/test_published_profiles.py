@@ -211,11 +211,13 @@ def test_one_stage_methods_before_the_decoder_carry_exactly_their_count(stem: st
 def test_visionzip_has_its_published_split() -> None:
     selector = profiles.load("visionzip-llava-1.5-7b").selector
     assert isinstance(selector, VisionZip)
+    g = torch.Generator().manual_seed(42)
+    query, key = torch.randn(2, 1, 577, 2, 4, generator=g)
     tower = TowerOutput(
-        vision=torch.randn(1, 576, 8),
+        vision=torch.randn(1, 576, 8, generator=g),
         project=lambda features: features,
         cls=torch.zeros(1, 8),
-        layers={LAST: QueriesAndKeys(torch.randn(1, 577, 2, 4), torch.randn(1, 577, 2, 4))},
+        layers={LAST: QueriesAndKeys(query, key)},
     )
     for budget, contextual in ((64, 10), (128, 20), (192, 30)):
         choice = selector.choose(tower, budget)

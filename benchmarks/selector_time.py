@@ -1,0 +1,125 @@
+"""What a selector costs: milliseconds per image, and its share of an image's tower and prefill, on this machine.
+
+    python benchmarks/selector_time.py --out results/selector-time-cpu.json
+    python benchmarks/selector_time.py --table results/selector-time-cpu.json   # prints the table of a result again
+
+The model has random weights: time does not depend on them. Selectors take turns with tower and prefill, and figures are
+medians with quartiles. The prefill is Hugging Face's of one prompt of 88 text tokens, whole and with what is kept.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from eos_search.tower import tower_output
+from eos_vllm.core.operator import OperatorParams
+from eos_vllm.core.preselection import preselect
+from eos_vllm.core.selectors import SELECTORS, Selector
+from eos_vllm.models.tiny import PRESETS, write_tiny_model
+from eos_vllm.provenance import provenance
+
+PRESET, TEXT = "bench-88m", 88
+COUNTS = (64, 192)
+PRUNE = OperatorParams(0.0, 1.0, 0.0, 0.0, 0.0)
+TRANSFER = OperatorParams(0.2, 0.1, 0.0, 0.0, 0.0)
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Milliseconds of one call; devices are waited for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def selectors() -> dict[str, Selector]:
+    """Each rule with its defaults; ``resize`` works in front of the tower and costs less than nothing."""
+    return {
+        rule: kind.model_validate({"rule": rule} | ({"shallow_layer": 0} if rule == "window_topk" else {}))
+        for rule, kind in SELECTORS.items()
+        if rule != "resize"
+    }
+
+
+@torch.inference_mode()
+def measure(rounds: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of each thing, once per round."""
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="eos-selector-") as folder:
+        path = write_tiny_model(Path(folder) / "model", shape=PRESETS[PRESET])
+        model = AutoModelForImageTextToText.from_pretrained(str(path), dtype=torch.float32).eval().to(device)
+    size, width = model.config.vision_config.image_size, model.config.text_config.hidden_size
+    pixels = torch.randn(1, 3, size, size, device=device)
+    prompts = {n: torch.randn(1, n + TEXT, width, device=device) for n in (576, *COUNTS)}
+    outputs = {name: tower_output(model, pixels, selector) for name, selector in selectors().items()}
+    for round_number in range(rounds + 1):
+        now = {"tower and projector": timed(lambda: tower_output(model, pixels, selectors()["topk"]).projected)}
+        for n, prompt in prompts.items():
+            now[f"prefill, {n} visual tokens"] = timed(lambda p=prompt: model.model.language_model(inputs_embeds=p))
+        for name, selector in selectors().items():
+            for keep in COUNTS:
+                now[f"{name}, {keep}"] = timed(lambda n=name, s=selector, k=keep: preselect(outputs[n], s, PRUNE, k))
+        for keep in COUNTS:
+            topk = selectors()["topk"]
+            now[f"operator after topk, {keep}"] = timed(lambda k=keep: preselect(outputs["topk"], topk, TRANSFER, k))
+        if round_number:  # the first one warms up
+            for name, value in now.items():
+                found.setdefault(name, []).append(round(value, 3))
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Milliseconds, and shares of tower and prefill, as Markdown."""
+    found = {name: statistics.median(values) for name, values in result["milliseconds"].items()}
+    tower = found["tower and projector"]
+    whole = tower + found["prefill, 576 visual tokens"]
+    lines = [
+        f"Tower and projector {tower:.1f} ms, prefill {found['prefill, 576 visual tokens']:.1f} ms "
+        + f"({', '.join(f'{found[f"prefill, {k} visual tokens"]:.1f} ms with {k}' for k in COUNTS)}).",
+        "",
+        "| selector | " + " | ".join(f"ms at {k} | of stock | of reduced" for k in COUNTS) + " |",
+        "| --- |" + " --- |" * 3 * len(COUNTS),
+    ]
+    for name in [n.removesuffix(f", {COUNTS[0]}") for n in found if n.endswith(f", {COUNTS[0]}")]:
+        cells = []
+        for keep in COUNTS:
+            values = result["milliseconds"][f"{name}, {keep}"]
+            low, middle, high = statistics.quantiles(values, n=4)
+            reduced = tower + found[f"prefill, {keep} visual tokens"]
+            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f}) | {middle / whole:.1%} | {middle / reduced:.1%}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measures, or prints a table; returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--table", type=Path, default=None, help="print the table of this result, and measure nothing")
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {"preset": PRESET, "text": TEXT, "counts": list(COUNTS), "rounds": args.rounds, "device": device}
+    result = {"provenance": provenance(seed=0), "settings": settings, "milliseconds": measure(args.rounds, device)}
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
