@@ -34,6 +34,7 @@ def at_corner(profile: Profile, corner: str) -> Profile:
     data = profile.to_dict()
     data["operator"]["gate_sharpness"] = _OPEN
     for reducer in data["reducers"]:
-        reducer.update(CORNERS[corner])
+        if "withdraw" not in reducer:
+            reducer.update(CORNERS[corner])
     label = f"{corner}@{profile.name}"
     return parse_profile(data | {"name": label, "description": "", "provenance": {}}, label)

@@ -44,6 +44,9 @@ def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
             raise EosError("profiles", name, "changes nothing known", f"choose from {', '.join(CHANGES)} before the @")
         profile = profiles.resolve(source)
         plain = profile.name
+        if change in SELECTIONS and profile.before is not None:
+            problem = "its patches are chosen before the decoder, where no such yardstick stands"
+            raise EosError("profiles", name, problem, "compare with the selectors random and uniform")
         if change in CORNERS:
             profile = at_corner(profile, change)
         elif change == IMAGE:

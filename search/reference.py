@@ -207,7 +207,7 @@ class ReferenceModel:
             params = self.planner.profile.operator_params(reducer)
             scale = layer.self_attn.scaling
             step, instead = layout.steps[reducer], None
-            if len(spans) == 1 and step.groups:
+            if len(spans) == 1 and step.groups and step.groups[0].keep:  # a withdrawal chooses nothing
                 group = step.groups[0]
                 given = None
                 if isinstance(scores, torch.Tensor):

@@ -57,8 +57,8 @@ def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int
     """The profile for a model of another depth or another number of visual tokens.
 
     Layers keep their share of the depth (:func:`scale_layers`); budget, minimum and schedules keep their share of the
-    visual tokens, rounded half up and at least 1. Operators, gates and discards stay. It is a place to start from,
-    not a result: what was searched for one model need not be best for another.
+    visual tokens, rounded half up and at least 1. Operators, gates, discards and the tower layers of a selector stay.
+    It is a place to start from, not a result: what was searched for one model need not be best for another.
 
     Args:
         profile: any profile.
@@ -81,6 +81,8 @@ def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int
     data: dict[str, Any] = profile.to_dict()
     data["name"] = name or f"{profile.name}-{num_decoder_layers}-layers"
     data["description"] = (origin + about)[:_DESCRIPTION_LIMIT].rstrip()
+    if profile.budget.measure != "flops":
+        data["model"].pop("flops_crossover", None)  # of the other model's width, which is not known here
     data["model"] |= {"num_decoder_layers": num_decoder_layers, "visual_tokens": visual_tokens}
     if debias := data["importance"].get("debias"):
         _refuse_debias(profile, debias, visual_tokens)

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from eos_vllm import profiles
 from eos_vllm.analysis.comparison import CostComparison, compare, measured_by
-from eos_vllm.analysis.cost import DTYPE_BYTES
+from eos_vllm.analysis.cost import DTYPE_BYTES, flops_crossover
 from eos_vllm.cli.profile import where
 from eos_vllm.cli.shape_model import PRESET_NAMES
 from eos_vllm.core.budget import parse_budget
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     visual = args.images * profile.model.visual_tokens
     print(f"profile  {profile.name}, {where(profile)}")
+    print(f"model    attention's FLOPs equal a layer's matrices at {flops_crossover(model)} tokens")
     print(f"prompt   {args.text_tokens} text + {visual} visual tokens ({args.images} image{'s' * (args.images > 1)})")
     for plan in plans:
         print()

@@ -161,7 +161,7 @@ def where(profile: Profile) -> str:
     """Where a profile reduces, in words."""
     parts = [] if profile.selector is None else [f"{profile.selector.rule} before the decoder"]
     if reducing := [r.layer for r in profile.inside if not isinstance(r, Withdrawal)]:
-        parts.append(f"after layers {_join(reducing)}")
+        parts.append(f"after layer{'s' * (len(reducing) > 1)} {_join(reducing)}")
     parts += [f"withdrawn after layer {r.layer}" for r in profile.inside if isinstance(r, Withdrawal)]
     return ", ".join(parts)
 
@@ -175,6 +175,7 @@ def _reducer(profile: Profile, reducer: Any, count: int) -> str:
     if reducer is not profile.before:
         return f"after layer {reducer.layer}: keeps {count} ({kind})"
     assert profile.selector is not None
+    kind = "mixes tokens itself" if profile.selector.mixes else kind
     select = ", ".join(f"{name} {value}" for name, value in profile.selector.model_dump().items())
     return f"before the decoder: keeps {count} ({select}; {kind})"
 

@@ -187,7 +187,9 @@ class Profile(_Part):
             raise ValueError(f"reducers: layers {layers} must strictly increase")
         self._check_score()
         if self.budget.measure == "flops" and self.model.flops_crossover is None:
-            raise ValueError("budget.measure=flops needs model.flops_crossover (`eos-vllm profile scale` writes it)")
+            raise ValueError(
+                "budget.measure=flops needs model.flops_crossover (24704 for LLaVA-1.5-7B; `eos-vllm plan` prints it)"
+            )
         if self.budget.minimum > visual:
             raise ValueError(f"budget.minimum={self.budget.minimum} exceeds model.visual_tokens={visual}")
         for key, counts in self.schedules.items():

@@ -20,10 +20,10 @@ def path(name: str) -> Path:
     """File of the shipped profile ``name``.
 
     Raises:
-        ProfileError: there is none of this name; the known ones are listed.
+        ProfileError: there is none of this name.
     """
     if name not in names():
-        remedy = f"give a path, or one of {', '.join(names())}"
+        remedy = "give a path, or a name of `eos-vllm profile list`"
         raise ProfileError("profile", name, "neither a file nor a shipped profile", remedy)
     return _HERE / f"{name}.json"
 

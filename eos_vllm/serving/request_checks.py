@@ -132,6 +132,8 @@ def check_beams(planner: Planner, what: str) -> None:
     Raises:
         VLLMValidationError: answered as HTTP 400.
     """
+    if not planner.profile.inside:
+        return  # what is kept was settled before the decoder
     if planner.rule.kind == "prompt" or (planner.rule.kind == "turn" and not planner.rule.marker):
         raise VLLMValidationError(
             f"{what}: with images it would select other visual tokens at each step, for the profile lets all later "

@@ -255,9 +255,9 @@ def test_vscan_has_its_published_counts_and_merges_into_the_nearest_by_the_mean(
 @pytest.mark.parametrize(
     ("name", "layers", "counts"),
     [
-        ("shared-image-llava-1.5-7b", (22,), {64: (89, 0), 128: (178, 0), 192: (267, 0)}),
+        ("shared-image-llava-1.5-7b", (23,), {64: (85, 0), 128: (171, 0), 192: (256, 0)}),
         ("embedded-shared-image", (5,), {64: (85, 0), 128: (171, 0), 192: (256, 0)}),
-        ("two-stage-llava-1.5-7b", (13, 22), {64: (120, 40, 0), 128: (220, 112, 0), 192: (310, 201, 0)}),
+        ("two-stage-llava-1.5-7b", (15, 23), {64: (110, 36, 0), 128: (205, 102, 0), 192: (292, 184, 0)}),
         ("embedded-two-stage", (3, 5), {64: (110, 36, 0), 128: (205, 102, 0), 192: (292, 184, 0)}),
     ],
 )
@@ -271,9 +271,9 @@ def test_our_own_starting_points_cover_then_withdraw(
     assert all(profile.params_of(reducer).is_identity for reducer in profile.reducers)
     # A reducer works after its layer: so many layers have run by then.
     depth = profile.model.num_decoder_layers
-    assert (layers[-1] + 1) / depth == pytest.approx(0.72, abs=0.04)
+    assert (layers[-1] + 1) / depth == pytest.approx(0.73, abs=0.03)
     if "two-stage" in name:
-        assert (layers[0] + 1) / depth == pytest.approx(0.45, abs=0.06)
+        assert (layers[0] + 1) / depth == pytest.approx(0.48, abs=0.03)
         assert (profile.importance.queries, profile.window) == ("relevant_text", "turn")
     else:
         assert (profile.importance.queries, profile.window) == ("image", "image")
@@ -321,9 +321,9 @@ def test_files_are_small_and_written_with_every_field_of_the_design() -> None:
         assert set(json.loads(text)) - {"schedules"} == fields
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_name_is_refused_with_where_to_look() -> None:
     for unknown in ("sparsevlm", "../profiles/pool-llava-1.5-7b", ""):
-        with pytest.raises(ProfileError, match=r"neither a file nor a shipped profile.*, embedded-fastv, embedded-po"):
+        with pytest.raises(ProfileError, match=r"neither a file nor a shipped profile.*`eos-vllm profile list`"):
             profiles.load(unknown)
 
 

@@ -17,7 +17,8 @@ class PruMergePlus(Selector):
     The published count follows from each image's outliers, and its layer is behind those that serve (LLaVA-1.5 reads
     features of the last but one); here the count is the budget's and the layer the last that runs. As published: each
     kept patch adds its 32 nearest others by key, weighted by attention, and the last token is the weighted sum of the
-    patches never kept. Order: salient by attention, evenly spaced, sum.
+    patches never kept. Order: salient by attention, evenly spaced, sum. Keys and attention are means over heads, where
+    the publication takes one head of full width.
     """
 
     rule: Literal["prumerge_plus"] = "prumerge_plus"

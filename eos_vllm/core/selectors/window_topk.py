@@ -13,8 +13,8 @@ from eos_vllm.core.selectors.tower import LAST, TowerOutput
 class WindowTopK(Selector):
     """Half of the count, as far as it divides by the windows, by a shallow layer's CLS attention within each window.
 
-    The rest goes to the highest CLS attention of the last layer among the patches that no window chose. (Where both
-    halves want the same patch the publication does not say which gives way.)
+    Windows choose first; the rest goes to the highest CLS attention of the last layer among the patches that none
+    chose. (The published code drops what does not divide by the windows.)
     """
 
     rule: Literal["window_topk"] = "window_topk"
