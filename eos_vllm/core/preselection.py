@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from eos_vllm.core.importance import complement
 from eos_vllm.core.operator import OperatorParams, unified_operator
-from eos_vllm.core.selectors import Selector, TowerOutput
+from eos_vllm.core.selectors import Choice, Selector, TowerOutput
 from eos_vllm.core.selectors.tower import rows_of
 
 
@@ -25,9 +25,11 @@ def preselect(tower: TowerOutput, selector: Selector, params: OperatorParams, ke
     Returns:
         ``[B, min(K, N), d]``.
     """
-    if keep >= tower.total:
-        return tower.projected
-    choice = selector.choose(tower, keep)
+    return tower.projected if keep >= tower.total else combine(tower, selector.choose(tower, keep), selector, params)
+
+
+def combine(tower: TowerOutput, choice: Choice, selector: Selector, params: OperatorParams) -> torch.Tensor:
+    """What a choice leaves of each image ``[B, K, d]``: the anchors, and what the operator adds to them."""
     if choice.features is not None:
         return tower.project(choice.features)
     anchors = rows_of(tower.projected, choice.kept)

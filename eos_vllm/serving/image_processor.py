@@ -6,6 +6,7 @@ makes them part of an image's hash, so that processor cache, encoder cache and p
 that mean the same count share their entries, and so does a request that names none.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from eos_vllm.core.budget import REQUEST_FIELD, parse_budget
 from eos_vllm.serving.options import planner_of_processor
 
 KEEP = "eos_keep"
+FINGERPRINT = "eos_image"
 _BUDGET: ContextVar[int | None] = ContextVar("eos_budget", default=None)
 
 
@@ -32,6 +34,12 @@ def budget_for_rendering(budget: int | None) -> Iterator[None]:
         yield
     finally:
         _BUDGET.reset(token)
+
+
+def fingerprint(pixels: torch.Tensor) -> int:
+    """64 bits that tell a processed image ``[3, h, w]`` from others."""
+    digest = hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 class EosLlavaProcessor(LlavaMultiModalProcessor):
@@ -74,13 +82,15 @@ class EosLlavaProcessor(LlavaMultiModalProcessor):
         keep = hf_kwargs.pop(KEEP, None)
         data = super()._call_hf_processor(hf_data, hf_kwargs)
         if keep is not None and "pixel_values" in data:
-            data[KEEP] = torch.full((len(data["pixel_values"]),), int(str(keep)), dtype=torch.int64)
+            pixels = data["pixel_values"]
+            data[KEEP] = torch.full((len(pixels),), int(str(keep)), dtype=torch.int64)
+            data[FINGERPRINT] = torch.tensor([fingerprint(image) for image in pixels], dtype=torch.int64)
         return data
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         # On the CPU, for it is read on the host.
-        return {**fields, KEEP: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+        return fields | {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in (KEEP, FINGERPRINT)}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any

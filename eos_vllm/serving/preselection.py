@@ -5,7 +5,8 @@ not reduced cannot be served without a word.
 """
 
 import math
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +16,14 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
 
 from eos_vllm.core.plan import Planner
-from eos_vllm.core.preselection import preselect, shrink_pixels, shrink_positions
-from eos_vllm.core.selectors import LAST, QueriesAndKeys, TowerOutput
+from eos_vllm.core.preselection import combine, shrink_pixels, shrink_positions
+from eos_vllm.core.selectors import LAST, Choice, QueriesAndKeys, TowerOutput
 from eos_vllm.core.selectors.resize import Resize
-from eos_vllm.serving.image_processor import KEEP
+from eos_vllm.serving.image_processor import FINGERPRINT, KEEP
 from eos_vllm.serving.metrics import Counters
+
+# Choices of images; at 192 tokens each that is 6 MiB.
+_REMEMBERED = 4096
 
 
 class Preselection:
@@ -38,6 +42,7 @@ class Preselection:
         # vLLM counts an image by its K rows, the tower works on all of it: no more at once than memory is profiled for.
         self.at_once = max(1, vllm_config.scheduler_config.max_num_batched_tokens // profile.model.visual_tokens)
         self.rehearsed = False
+        self.choices: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
 
     def embed(self, kwargs: dict[str, Any]) -> Any:
         """Rows of each image of ``embed_multimodal``'s arguments, in order ``[K, d]`` each.
@@ -45,19 +50,21 @@ class Preselection:
         Raises:
             RuntimeError: an image came without the number of its placeholders.
         """
-        keep = kwargs.pop(KEEP, None)
+        keep, names = kwargs.pop(KEEP, None), kwargs.pop(FINGERPRINT, None)
         image_input = self.model._parse_and_validate_image_input(**kwargs)
         if image_input is None:
             return []
         if keep is None or image_input["type"] != "pixel_values":
             raise RuntimeError("eos: an image came without the number of tokens that its prompt holds for it")
         pixels, counts = image_input["pixel_values"], [int(k) for k in torch.as_tensor(keep).flatten()]
+        images = [None] * len(counts) if names is None else [int(n) for n in torch.as_tensor(names).flatten()]
         if not self.rehearsed:
             # In vLLM's memory profile, whose images keep all tokens: the selector belongs into it.
             self.rehearse(pixels[: self.at_once])
         rows: list[torch.Tensor] = []
         for start in range(0, len(counts), self.at_once):
-            rows += self._embed(pixels[start : start + self.at_once], counts[start : start + self.at_once])
+            some = slice(start, start + self.at_once)
+            rows += self._embed(pixels[some], counts[some], images[some])
         return rows
 
     def rehearse(self, pixels: torch.Tensor | None = None) -> None:
@@ -80,12 +87,12 @@ class Preselection:
         keep, counters = self.planner.image_tokens(), self.counters
         self.counters = Counters(len(self.planner.profile.reducers))
         with torch.inference_mode():
-            rows = self._embed(pixels, [keep] * len(pixels))
+            rows = self._embed(pixels, [keep] * len(pixels), [None] * len(pixels))
         self.counters = counters
         if any(len(row) != keep or not bool(row.isfinite().all()) for row in rows):
             raise RuntimeError(f"eos: rehearsal: images of {[len(row) for row in rows]} tokens, planned {keep}")
 
-    def _embed(self, pixels: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    def _embed(self, pixels: torch.Tensor, counts: list[int], images: Sequence[int | None]) -> list[torch.Tensor]:
         total = self.planner.profile.model.visual_tokens
         rows: list[Any] = [None] * len(counts)
         resizes = isinstance(self.selector, Resize)
@@ -96,13 +103,37 @@ class Preselection:
                 out = self._resized(pixels[which], k).projected
             else:
                 assert seen is not None
-                out = preselect(_of(seen, which), self.selector, self.params, k)
+                out = self._select(_of(seen, which), k, [images[i] for i in which])
             for i, row in zip(which, out, strict=True):
                 rows[i] = row
         self.counters.count_tokens(0, total * len(counts), sum(len(row) for row in rows))
         if not self.planner.profile.inside:
             self.counters.images += len(counts)
         return rows
+
+    def _select(self, tower: TowerOutput, keep: int, images: Sequence[int | None]) -> torch.Tensor:
+        """Rows of images of one count ``[B, K, d]``.
+
+        An image that is known at this count keeps its choice. A tower rounds otherwise in another batch, near ties
+        would then fall otherwise, and a prefix hit that ends within the image would join two choices.
+        """
+        if keep >= tower.total:
+            return tower.projected
+        if self.selector.mixes:
+            return combine(tower, self.selector.choose(tower, keep), self.selector, self.params)
+        known = [None if image is None else self.choices.get((image, keep)) for image in images]
+        fresh = [i for i, choice in enumerate(known) if choice is None]
+        if fresh:
+            chosen = self.selector.choose(_of(tower, fresh), keep).kept
+            for i, kept in zip(fresh, chosen, strict=True):
+                known[i] = kept
+        for image, kept in zip(images, known, strict=True):
+            if image is not None and kept is not None:
+                self.choices[image, keep] = kept
+                self.choices.move_to_end((image, keep))
+        while len(self.choices) > _REMEMBERED:
+            self.choices.popitem(last=False)
+        return combine(tower, Choice(torch.stack(known)), self.selector, self.params)  # type: ignore[arg-type]
 
     def _tower(self, pixels: torch.Tensor) -> TowerOutput:
         """Runs the vision tower, and catches what the selector reads of it."""

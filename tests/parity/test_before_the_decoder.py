@@ -1,7 +1,7 @@
 """A reducer before the decoder, alone and with reducers inside: vLLM against the Hugging Face reference, in float32.
 
-``visprune`` is not among them: each of its rounds pairs patches by the order of the last, so the last bit of a tower's
-output decides; held against loops on equal outputs it is exact (``test_selectors.py``).
+``visprune`` and ``coverage`` are not among them: the order of one round decides the next, or gains differ in the sixth
+digit, so that the last bit of a tower's output can decide. On equal outputs both are exact (``test_selectors.py``).
 """
 
 from typing import Any
@@ -44,7 +44,9 @@ def make(
 ALONE = {
     "maxmin": make(None),
     "visionzip": make({"rule": "visionzip"}),
-    "coverage-transfer": make({"rule": "coverage"}, first={"gamma": 0.25, "rho": 0.4, "nu": 0.5}),
+    "topk-transfer": make(
+        {"rule": "topk", "score": "received_attention"}, first={"gamma": 0.25, "rho": 0.4, "nu": 0.5}
+    ),
     "window_topk-mean": make(
         {"rule": "window_topk", "shallow_layer": 0},
         # Not one-hot: which anchor is nearest would be decided by the last bit of two towers.
@@ -57,7 +59,7 @@ ALONE = {
 INSIDE = {
     "topk-one-inside": make({"rule": "topk"}, inside=(3,)),
     "mmr-two-inside-withdrawn": make(
-        {"rule": "mmr"}, inside=(2, 4), withdraw=6, importance={"queries": "relevant_text"}
+        {"rule": "mmr", "score": "rarity"}, inside=(2, 4), withdraw=6, importance={"queries": "relevant_text"}
     ),
     "topk-withdrawn": make({"rule": "topk"}, withdraw=5, budget={"measure": "layer_average", "tokens": 96}),
 }

@@ -20,7 +20,7 @@ _TRANSFER = {"gate": 1.0, "discard": 0.6, "gamma": 0.3, "tau": 0.4, "theta": 0.1
 BEFORE = make_profile(
     schema="eos-profile/2",
     reducers=[
-        {"layer": -1, "select": {"rule": "coverage"}, **_TRANSFER},
+        {"layer": -1, "select": {"rule": "topk"}, **_TRANSFER},
         {"layer": 3, **_TRANSFER},
         {"layer": 5, "withdraw": True},
     ],

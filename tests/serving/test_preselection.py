@@ -11,7 +11,7 @@ from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.models.geometry import geometry
 from eos_vllm.models.images import sample_image
 from eos_vllm.serving.engine_args import check_tower
-from eos_vllm.serving.image_processor import KEEP
+from eos_vllm.serving.image_processor import FINGERPRINT, KEEP
 from support.engines import Ask, answer_all, engine, free_blocks
 
 pytestmark = pytest.mark.serving
@@ -62,6 +62,22 @@ def test_mixed_counts_in_one_call_are_those_of_single_calls(llm: Any) -> None:
     for i, row in enumerate(together):
         alone = model.embed_multimodal(pixel_values=pixels[i : i + 1], **{KEEP: counts[i : i + 1]})[0]
         torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_known_image_keeps_its_choice_whatever_the_last_bits_say(llm: Any) -> None:
+    model = model_of(llm)
+    size = model.config.vision_config.image_size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    given = {KEEP: torch.tensor([40]), FINGERPRINT: torch.tensor([77])}
+    first = model.embed_multimodal(pixel_values=pixels, **given)[0]
+    chosen = model.eos_before.choices[77, 40].tolist()
+    noise = model.vision_tower.register_forward_hook(lambda _, __, out: out + 0.3 * torch.randn_like(out))
+    again = model.embed_multimodal(pixel_values=pixels, **given)[0]
+    model.embed_multimodal(pixel_values=pixels, **{**given, FINGERPRINT: torch.tensor([78])})
+    noise.remove()
+    assert not torch.equal(first, again)
+    assert model.eos_before.choices[77, 40].tolist() == chosen
+    assert model.eos_before.choices[78, 40].tolist() != chosen  # else the noise was too small to prove anything
 
 
 def test_an_image_without_its_count_is_no_silent_576(llm: Any) -> None:

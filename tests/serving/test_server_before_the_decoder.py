@@ -23,7 +23,7 @@ PROFILE = parse_profile(
         "schema": "eos-profile/2",
         "name": "before",
         "model": {"architecture": "LlavaForConditionalGeneration", "num_decoder_layers": 8, "visual_tokens": 576},
-        "reducers": [{"layer": -1, "select": {"rule": "coverage"}, **_PRUNE}],
+        "reducers": [{"layer": -1, "select": {"rule": "maxmin"}, **_PRUNE}],
         "budget": {"measure": "layer_average", "tokens": 64},
     }
 )
@@ -118,5 +118,5 @@ def test_report_and_metrics(client: openai.OpenAI, server: Server) -> None:
         time.sleep(0.2)
     assert kept() == before + 32
     log = server.log.read_text()
-    assert "eos: profile 'before' reduces before the decoder (coverage): 576 -> [64] visual tokens per image" in log
+    assert "eos: profile 'before' reduces before the decoder (maxmin): 576 -> [64] visual tokens per image" in log
     assert "Traceback" not in log

@@ -10,7 +10,10 @@ from eos_vllm.core.selectors.tower import Features, Score, TowerOutput, ascendin
 
 
 class Coverage(Selector):
-    """Greedy facility location: what a patch adds to the others' largest cosine, times its saliency to ``alpha``."""
+    """Greedy facility location: what a patch adds to the others' largest cosine, times its saliency to ``alpha``.
+
+    Gains lie close together: a difference in the last bits of a tower's output can end in another choice.
+    """
 
     rule: Literal["coverage"] = "coverage"
     score: Score = "cls_attention"
