@@ -90,7 +90,8 @@ class EosLlavaProcessor(LlavaMultiModalProcessor):
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         # On the CPU, for it is read on the host.
-        return fields | {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in (KEEP, FINGERPRINT)}
+        ours = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in (KEEP, FINGERPRINT)}
+        return {**fields, **ours}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
