@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eos_search.accuracy import AVERAGE, Share
+from eos_search.accuracy import AVERAGE, Share, difference
 from eos_search.answerers import STOCK, Case, ReferenceAnswerer
 from eos_search.evaluation import evaluate
 from eos_vllm import profiles
@@ -30,7 +30,7 @@ from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.core.selectors import SELECTORS
 from eos_vllm.models import embedded
 from eos_vllm.models.geometry import geometry
-from eos_vllm.provenance import provenance
+from eos_vllm.provenance import commit_line, machine_line, provenance
 
 COSTS = (256, 192, 128, 64, 32, 16)
 BLOCK = 32
@@ -66,9 +66,12 @@ def all_profiles() -> dict[str, Profile]:
     """Selectors alone, then the shipped profiles of the embedded model with budgets read as costs."""
     found = {name: selector_profile(name, select) for name, select in RULES.items()}
     sizes = geometry(str(embedded.path()))
+    alone = {p.selector for p in found.values()}
     for name in profiles.names():
-        if name.startswith("embedded-"):
-            found[name] = measured_by(profiles.load(name), "layer_average", sizes)
+        profile = profiles.load(name)
+        if not name.startswith("embedded-") or (not profile.inside and profile.selector in alone):
+            continue
+        found[name] = measured_by(profile, "layer_average", sizes)
     return found
 
 
@@ -193,16 +196,83 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_PAGE = """\
+# Selectors and profiles at equal cost
+
+The embedded model, {questions} questions about {images} images of ClutterVQA's test split, greedy. Cost is the layer
+average: visual tokens that a decoder layer caches, on average over layers; it is also the share of stock's visual KV.
+Percent of right answers, the six kinds weighing alike, with 95 % intervals by bootstrap over images; behind the
+semicolon requests per second over stock's, of the same profile in vLLM with its own defaults (float32, {requests}
+single questions at once, {repeats} rounds between two engines of stock). A dash: the profile's layers cannot meet that
+cost. Drawn by
+
+```
+python benchmarks/equal_cost.py --table {raw} --page {page}
+```
+
+from the raw result, which keeps every reply. Measured at commit {commit} on {machine}.
+
+What a name without `embedded-` stands for is that selector before the decoder and nothing else (`gamma` 0). **The
+embedded model's CLS token was never trained**: `topk cls_attention` (FasterVLM), `visionzip`, `window_topk`, `visprune`,
+`coverage` and `prumerge_plus` read noise there, and their rows say nothing of these methods on a CLIP tower. Nor did it
+ever see a smaller picture: `resize` has no chance here.
+
+"""
+
+
+def page(result: dict[str, Any], rows: list[Row], raw: Path, file: Path) -> str:
+    """``docs/equal-cost.md``: the tables, and what each profile has over every n-th patch, paired."""
+    text = _PAGE.format(
+        questions=result["questions"],
+        images=result["images"],
+        requests=REQUESTS,
+        repeats=REPEATS,
+        raw=raw,
+        page=file,
+        commit=commit_line(result["provenance"]),
+        machine=machine_line(result["provenance"]),
+    )
+    cases = {(c["profile"], c["budget"]): c for c in result["cases"]}
+    lines = [
+        "## Against every n-th patch",
+        "",
+        "Points above `uniform` at the same cost, paired over images. About twenty rules on one test split: the largest",
+        "of them is the largest after the fact.",
+        "",
+        "| profile | " + " | ".join(map(str, COSTS)) + " |",
+        "| --- |" + " --- |" * len(COSTS),
+    ]
+    for name in dict.fromkeys(c["profile"] for c in result["cases"]):
+        if name in (STOCK, "uniform"):
+            continue
+        cells = []
+        for cost in COSTS:
+            if (name, cost) not in cases:
+                cells.append("-")
+                continue
+            found = difference(rows, cases[name, cost]["replies"], cases["uniform", cost]["replies"])
+            cells.append(str(found[AVERAGE]))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return text + table(result) + "\n\n" + "\n".join(lines) + "\n"
+
+
 def main() -> int:
     """Measures what is missing, or prints a table; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/equal-cost.json"))
     parser.add_argument("--table", type=Path, default=None, help="print the tables of this result, and measure nothing")
+    parser.add_argument("--page", type=Path, default=None, help="with --table: write docs/equal-cost.md to this file")
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--only", choices=("accuracy", "speed"), default=None)
     args = parser.parse_args()
     if args.table:
-        print(table(json.loads(args.table.read_text())))
+        result = json.loads(args.table.read_text())
+        if args.page is None:
+            print(table(result))
+            return 0
+        with tempfile.TemporaryDirectory(prefix="eos-equal-") as folder:
+            rows = read_rows(export(Path(folder) / "rows", "test", result["images"]))
+            args.page.write_text(page(result, rows, args.table, args.page))
         return 0
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
