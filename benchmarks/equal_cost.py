@@ -213,9 +213,9 @@ python benchmarks/equal_cost.py --table {raw} --page {page}
 from the raw result, which keeps every reply. Measured at commit {commit} on {machine}.
 
 What a name without `embedded-` stands for is that selector before the decoder and nothing else (`gamma` 0). **The
-embedded model's CLS token was never trained**: `topk cls_attention` (FasterVLM), `visionzip`, `window_topk`, `visprune`,
-`coverage` and `prumerge_plus` read noise there, and their rows say nothing of these methods on a CLIP tower. Nor did it
-ever see a smaller picture: `resize` has no chance here.
+embedded model's CLS token was never trained**: `topk cls_attention` (FasterVLM), `visionzip`, `window_topk`,
+`visprune`, `coverage` and `prumerge_plus` read noise there, and their rows say nothing of these methods on a CLIP
+tower. Nor did it ever see a smaller picture: `resize` has no chance here.
 
 """
 
@@ -236,8 +236,8 @@ def page(result: dict[str, Any], rows: list[Row], raw: Path, file: Path) -> str:
     lines = [
         "## Against every n-th patch",
         "",
-        "Points above `uniform` at the same cost, paired over images. About twenty rules on one test split: the largest",
-        "of them is the largest after the fact.",
+        "Points above `uniform` at the same cost, paired over images. About twenty rules on one test split: the",
+        "largest of them is the largest after the fact.",
         "",
         "| profile | " + " | ".join(map(str, COSTS)) + " |",
         "| --- |" + " --- |" * len(COSTS),

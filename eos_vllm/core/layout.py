@@ -181,30 +181,32 @@ def build_layout(entries: Sequence[Entry], num_segments: int, rule: QueryRule, d
         if entry.computed >= plan.images_end:  # a decode step, or text behind the images: nothing of it goes
             gone[r] = kinds.setdefault(plan.removed, len(kinds))
             continue
+        end = entry.computed + entry.num_tokens
+        if (
+            entry.computed <= plan.spans[0].start and end >= plan.windows[-1]
+        ):  # all of its images, and nothing in between
+            lengths[:, r] -= plan.removed
+            images.extend(_Image(r, plan, i) for i in range(len(plan.spans)))
+            continue
         for s in range(1, num_segments):
             cached[s, r] = plan.segment_length(s, entry.computed)
-            lengths[s, r] = plan.segment_length(s, entry.computed + entry.num_tokens) - cached[s, r]
-        images.extend(_Image(r, plan, i) for i in plan.images_in(entry.computed, entry.computed + entry.num_tokens))
+            lengths[s, r] = plan.segment_length(s, end) - cached[s, r]
+        images.extend(_Image(r, plan, i) for i in plan.images_in(entry.computed, end))
     cached -= np.array(list(kinds)).T[:, gone]
     starts = np.concatenate([np.zeros((num_segments, 1), np.int64), lengths.cumsum(axis=1)], axis=1)
     # Row of each request's token 0, were it in this step.
     origins = starts[:, :-1] - cached
     upload = _Upload(device)
-    queries, counts = _table([i.query_runs(0, int(origins[0, i.request]), rule == "last_text") for i in images])
+    table = _Images(images, rule == "last_text", origins)
+    queries, counts = table.queries(0)
     text = upload.add(queries)
     mask = upload.add(np.arange(queries.shape[1]) < counts[:, None])
     by_length: dict[int, list[int]] = {}
-    for n, image in enumerate(images):
-        by_length.setdefault(image.plan.spans[image.index].length, []).append(n)
-    # Row of each image's first token in each segment ``[segments, images]``.
-    firsts = origins[:, [image.request for image in images]]
-    firsts += np.array([[i.plan.segment_start(i.index, s) for i in images] for s in range(num_segments)])
-    visual = [(total, upload.add(ns), upload.add(firsts[0, ns])) for total, ns in by_length.items()]
+    for n, length in enumerate(table.kept[0].tolist()):
+        by_length.setdefault(length, []).append(n)
+    visual = [(total, upload.add(ns), upload.add(table.firsts[0, ns])) for total, ns in by_length.items()]
     ends = cached + lengths
-    drafts = [
-        _StepDraft(images, rule, segment, cached, ends, starts, origins, firsts, upload)
-        for segment in range(num_segments - 1)
-    ]
+    drafts = [_StepDraft(table, segment, cached, ends, starts, upload) for segment in range(num_segments - 1)]
     upload.send()
     return BatchLayout(
         steps=tuple(draft.finish(upload) for draft in drafts),
@@ -231,63 +233,107 @@ def _table(runs: Sequence[Sequence[tuple[int, int]]]) -> tuple[np.ndarray, np.nd
     return table, counts
 
 
+# Indexing by it makes no copy, which is what most batches need: images of one count.
+ALL = slice(None)
+
+
+class _Images:
+    """The images of a batch as arrays, one column for each; rows are segments where there are several.
+
+    Attributes:
+        requests: their requests.
+        starts: unreduced position of their first token.
+        keeps_last: 1 where the prompt ends in it.
+        kept: visual tokens in each segment.
+        origins: row of the request's token 0 in each segment.
+        firsts: row of the first visual token in each segment.
+    """
+
+    def __init__(self, images: list[_Image], last_only: bool, origins: np.ndarray) -> None:
+        self.images, self.last_only = images, last_only
+        self.requests = np.array([image.request for image in images])
+        self.starts = np.array([image.plan.spans[image.index].start for image in images])
+        self.keeps_last = np.array(
+            [image.plan.last_token_is_visual and image.index == len(image.plan.spans) - 1 for image in images], np.int64
+        )
+        self.kept = np.array([image.plan.kept[image.index] for image in images]).T
+        self.origins = origins[:, self.requests]
+        self.firsts = self.origins + self.starts - np.array([image.plan.lost[image.index] for image in images]).T
+        # Queries that follow one another stand so in every segment, and only their first row differs.
+        self.runs = [image.plan.query_runs(image.index) for image in images]
+        self.plain = all(len(runs) == 1 for runs in self.runs) and not any(i.plan.image_queries for i in images)
+        if self.plain:
+            begins, stops, before = np.array([runs[0] for runs in self.runs]).T
+            self._begins = np.where(last_only, stops - 1, begins)
+            self._counts = stops - self._begins
+            lost = np.array([i.plan.lost[n] for i, n in zip(images, before.tolist(), strict=True)]).T
+            self._shift = self.origins - lost
+
+    def queries(self, segment: int, which: "slice | np.ndarray" = ALL) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the queries of some images in a segment, 0 behind them ``[images, most]``; how many there are."""
+        if not self.plain:
+            origin, numbers = self.origins[segment].tolist(), np.arange(len(self.images))[which].tolist()
+            return _table([self.images[n].query_runs(segment, origin[n], self.last_only) for n in numbers])
+        counts = self._counts[which]
+        place = np.arange(int(counts.max()))
+        rows = (self._begins[which] + self._shift[segment, which])[:, None] + place
+        rows[place >= counts[:, None]] = 0
+        return rows, counts
+
+
 class _StepDraft:
     """One reducer's arrays on their way to the device."""
 
     def __init__(
         self,
-        images: list[_Image],
-        rule: QueryRule,
+        images: _Images,
         segment: int,
         cached: np.ndarray,
         ends: np.ndarray,
         starts: np.ndarray,
-        origins: np.ndarray,
-        firsts: np.ndarray,
         upload: _Upload,
     ) -> None:
         after = segment + 1
-        self.tokens_in, self.tokens_kept = (sum(i.plan.kept[i.index][s] for i in images) for s in (segment, after))
+        totals, keeps, firsts = images.kept[segment], images.kept[after], images.firsts[after]
+        self.tokens_in, self.tokens_kept = int(totals.sum()), int(keeps.sum())
         # Rows move up by what the images in front of them lost; where an image stood, the gap opens.
-        gaps = np.zeros(int(starts[after, -1]) + 1, np.int64)
+        moves = np.ones(int(starts[after, -1]) + 1, np.int64)
+        moves[0] = 0
+        np.add.at(moves, firsts + keeps, totals - keeps)
+        self.source = upload.add(moves.cumsum()[:-1])
         by_counts: dict[tuple[int, int], list[int]] = {}
-        for n, image in enumerate(images):
-            total, keep = image.plan.kept[image.index][segment : after + 1]
-            gaps[firsts[after, n] + keep] += total - keep
-            if keep < total:
-                by_counts.setdefault((total, keep), []).append(n)
-        self.source = upload.add((np.arange(len(gaps)) + gaps.cumsum())[:-1])
-        reduced = sorted({images[n].request for members in by_counts.values() for n in members})
+        for n, counts in enumerate(zip(totals.tolist(), keeps.tolist(), strict=True)):
+            if counts[1] < counts[0]:
+                by_counts.setdefault(counts, []).append(n)
+        reduced = sorted({int(images.requests[n]) for members in by_counts.values() for n in members})
         self.cached = tuple((r, int(cached[segment, r])) for r in reduced if cached[segment, r])
         places, behind = {}, int(starts[segment, -1])
         for r, count in self.cached:
             places[r], behind = behind, behind + count
         self.groups: list[tuple[int, int, int, list[_Slot | None]]] = []
-        for (total, keep), members in by_counts.items():
-            group = [images[n] for n in members]
-            requests = [image.request for image in group]
-            origin = origins[segment, requests]
-            zeros, last_only = origin.tolist(), rule == "last_text"
-            rows, counts = _table([i.query_runs(segment, n, last_only) for i, n in zip(group, zeros, strict=True)])
-            visible = np.where(np.arange(rows.shape[1]) < counts[:, None], rows - origin[:, None] + 1, 1)
-            last = [int(i.plan.last_token_is_visual and i.index == len(i.plan.spans) - 1) for i in group]
-            takes_over = any(r in places for r in requests)
+        for (total, keep), numbers in by_counts.items():
+            members = ALL if len(numbers) == len(totals) else np.array(numbers)
+            requests, origin = images.requests[members], images.origins[segment, members]
+            rows, queries = images.queries(segment, members)
+            visible = np.where(np.arange(rows.shape[1]) < queries[:, None], rows - origin[:, None] + 1, 1)
+            last = images.keeps_last[members]
+            takes_over = [places.get(r, 0) for r in requests.tolist()] if places else []
             self.groups.append(
                 (
                     total,
                     keep,
                     int(ends[segment, requests].max()),
                     [
-                        upload.add(members),
-                        upload.add([i.plan.spans[i.index].start for i in group]),
+                        upload.add(numbers),
+                        upload.add(images.starts[members]),
                         upload.add(origin),
-                        upload.add(cached[segment, requests]) if takes_over else None,
-                        upload.add([places.get(r, 0) for r in requests]) if takes_over else None,
-                        upload.add(firsts[segment, members]),
-                        upload.add(firsts[after, members]),
+                        upload.add(cached[segment, requests]) if any(takes_over) else None,
+                        upload.add(takes_over) if any(takes_over) else None,
+                        upload.add(images.firsts[segment, members]),
+                        upload.add(images.firsts[after, members]),
                         upload.add(rows),
                         upload.add(visible),
-                        upload.add(last) if any(last) else None,
+                        upload.add(last) if last.any() else None,
                     ],
                 )
             )
