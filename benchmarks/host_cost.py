@@ -27,6 +27,7 @@ from eos_vllm.models.tiny import PRESETS, write_tiny_model
 from eos_vllm.provenance import provenance
 
 PROFILE = "sparsevlm-v2-llava-1.5-7b"
+BEFORE_PROFILE = "divprune-llava-1.5-7b"
 BUDGET = 64
 TEXT, BEFORE = 88, 5
 REQUESTS = (64, 256)
@@ -44,7 +45,7 @@ def main() -> int:
         return 0
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    profile = profiles.load(PROFILE)
+    profile, before = profiles.load(PROFILE), profiles.load(BEFORE_PROFILE)
     result: dict[str, Any] = {
         "provenance": provenance(seed=0),
         "settings": {"profile": PROFILE, "budget": BUDGET, "text": TEXT, "steps": STEPS, "rounds": args.rounds},
@@ -54,12 +55,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="eos-host-") as folder:
         model = write_tiny_model(Path(folder) / "model", shape=thin_model())
         for _ in range(args.rounds):
-            for name, chosen in (("stock", None), ("eos", profile)):
+            for name, chosen in (("stock", None), ("eos", profile), ("selects before, eos", before)):
                 with small_engine(model, chosen) as llm:
                     for count in REQUESTS:
                         key = f"scheduler, decode step, {count} requests, {name}"
                         figures.setdefault(key, []).extend(decode_steps(llm, count))
-                    if chosen is not None:
+                    if chosen is profile:
                         result["settings"]["kv_groups"] = kv_groups(llm)
     figures |= batch_and_layout(profile)
     result["milliseconds"] = {name: summary(values) for name, values in figures.items()}
@@ -92,7 +93,7 @@ def small_engine(model: Path, profile: Profile | None) -> Iterator[Any]:
     if profile is not None:
         extra["additional_config"] = {"eos": {"profile": profile.to_dict(), "retain": BUDGET}}
     # A block holds the keys of one KV group: of all layers in stock, of a twelfth of them here.
-    blocks = (1 if profile is None else 12) * max(REQUESTS) * (576 + TEXT + STEPS + 64) // 32
+    blocks = (1 if profile is None or not profile.inside else 12) * max(REQUESTS) * (576 + TEXT + STEPS + 64) // 32
     llm = LLM(
         str(model),
         dtype="float32",
@@ -218,7 +219,11 @@ def table(result: dict[str, Any]) -> str:
     figures = result["milliseconds"]
     lines = ["| what | ms | over stock |", "| --- | --- | --- |"]
     for name, found in figures.items():
-        stock = figures.get(name.removesuffix("eos") + "stock") if name.endswith(", eos") else None
+        stock = (
+            figures.get(name.removesuffix("eos").removesuffix("selects before, ") + "stock")
+            if name.endswith(", eos")
+            else None
+        )
         ratio = f"{found['median'] / stock['median']:.2f}" if stock else ""
         lines.append(f"| {name} | {found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f}) | {ratio} |")
     return "\n".join(lines) + f"\n\n{result['settings'].get('kv_groups')} KV groups."

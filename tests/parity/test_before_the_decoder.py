@@ -7,9 +7,12 @@ digit, so that the last bit of a tower's output can decide. On equal outputs bot
 from typing import Any
 
 import pytest
+import torch
 
 from eos_search.reference import ReferenceModel
+from eos_search.tower import tower_output
 from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.serving.image_processor import fingerprint
 from support.engines import Ask, BlockWatch, answer_all, engine, free_blocks, mixed_asks, scheduler_of
 
 LOGPROB_BOUND = 1e-4
@@ -74,6 +77,23 @@ def asks_for(profile: Profile) -> list[Ask]:
     return asks
 
 
+def hold_choices(llm: Any, asks: list[Ask], reference: ReferenceModel) -> int:
+    """The worker chose the very patches that the reference chooses; gives the number of images compared."""
+    profile, worker = reference.planner.profile, llm.llm_engine.model_executor.driver_worker.model_runner.get_model()
+    compared = 0
+    for ask in asks:
+        keep = reference.planner.image_tokens(ask.budget)
+        for image in ask.images:
+            pixels = reference.processor.image_processor([image], return_tensors="pt")["pixel_values"]
+            chosen = worker.eos_before.choices.get((fingerprint(pixels[0]), keep))
+            if chosen is None:  # not reduced, or a rule that keeps no patches as they are
+                continue
+            seen = tower_output(reference.model, pixels, profile.selector)
+            assert torch.equal(profile.selector.choose(seen, keep).kept[0], chosen)
+            compared += 1
+    return compared
+
+
 def hold(asks: list[Ask], answers: list[Any], reference: ReferenceModel) -> None:
     """Each answer is the reference's, token by token."""
     for i, (ask, answer) in enumerate(zip(asks, answers, strict=True)):
@@ -93,9 +113,11 @@ def test_alone_it_is_the_reference_on_stock_machinery(name: str, tiny_model: Any
         free = free_blocks(llm)
         answers, again = answer_all(llm, asks), answer_all(llm, asks)
         assert free_blocks(llm) == free
+        compared = hold_choices(llm, asks, reference)
         report = llm.collective_rpc("eos_report")[0]
     assert len(groups) == 1
     hold(asks, answers, reference)
+    assert compared > 0 or profile.selector.mixes or profile.selector.rule == "resize"
     assert [a.token_ids for a in again] == [a.token_ids for a in answers]
     assert 0 < report["tokens_kept"][0] < report["tokens_in"][0]
 
@@ -112,6 +134,7 @@ def test_with_reducers_inside(name: str, tiny_model: Any) -> None:
         assert free_blocks(llm) == free
         report, counters = llm.collective_rpc("eos_report")[0], scheduler_of(llm).counters
         assert report["tokens_kept"][1:] == counters.tokens_kept[1:]
+        assert hold_choices(llm, asks, reference) > 0
     assert not watch.errors
     assert watch.reduced > 500
     hold(asks, answers, reference)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from eos_vllm.analysis.plain_selectors import PLAIN, Image, attention, mean_over
 from eos_vllm.analysis.selector_checks import GivenAttention, exact_tower
 from eos_vllm.cli import verify
 from eos_vllm.core.selectors import LAST, SELECTORS, AnySelector, QueriesAndKeys, Selector, TowerOutput
+from support.margins import MARGIN, record_margins
 
 CHOOSING = sorted(set(SELECTORS) - {"resize"})
 SHALLOW = 5
@@ -31,8 +31,6 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
     "window_topk": [{"window": 3}, {"window": 2}],
     "visionzip": [{"contextual": 0.0}, {"contextual": 0.5}, {"contextual": 0.96}],
 }
-# Below this share of the largest value float32 may decide otherwise than float64.
-MARGIN = 1e-5
 
 sides = st.sampled_from([4, 5, 6, 8, 12])
 seeds = st.integers(0, 2**20)
@@ -99,29 +97,6 @@ def image_of(tower: TowerOutput, index: int) -> Image:
         received_attention=shares[LAST][1:, 1:].mean(axis=0),
         keys=plain(tower.layers[LAST].key)[1:],
     )
-
-
-def record_margins(patch: pytest.MonkeyPatch) -> list[float]:
-    """By how much each decision of a plain rule is taken, relative to the largest value it chooses from."""
-    margins = [math.inf]
-
-    def record(name: str, cuts: Any) -> None:
-        decide = getattr(plain_selectors, name)
-
-        def recorded(values: Any, among: Iterable[int], *count: int) -> Any:
-            among = list(among)
-            ordered = sorted((float(values[j]) for j in among), reverse=True)
-            size = max((abs(value) for value in ordered), default=0.0) or 1.0
-            cut_at = [cut for cut in cuts(len(ordered), *count) if 0 < cut < len(ordered)]
-            margins.extend((ordered[cut - 1] - ordered[cut]) / size for cut in cut_at)
-            return decide(values, among, *count)
-
-        patch.setattr(plain_selectors, name, recorded)
-
-    record("_highest", lambda _: [1])
-    record("_ranked", range)
-    record("_best", lambda _, count: [count])
-    return margins
 
 
 @pytest.mark.parametrize("rule", PLAIN)
