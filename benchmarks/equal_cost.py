@@ -164,7 +164,7 @@ def stamped(image: Any, number: int) -> Any:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Both tables as Markdown: average accuracy by cost, by kind at 64, and speed over stock's."""
+    """Tables as Markdown: average accuracy and speed over stock's by cost, then accuracy by kind at each cost."""
     cases = {(c["profile"], c["budget"]): c for c in result["cases"]}
     names = list(dict.fromkeys(c["profile"] for c in result["cases"] if c["profile"] != STOCK))
     speeds = {entry["profile"]: entry for entry in result["speed"]}
@@ -189,10 +189,12 @@ def table(result: dict[str, Any]) -> str:
             cells.append(cell)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     kinds = [kind for kind in cases[STOCK, None]["accuracy"] if kind != AVERAGE]
-    lines += ["", "| at 64 | " + " | ".join(kinds) + " |", "| --- |" + " --- |" * len(kinds)]
-    for name in (STOCK, *names):
-        if case := cases.get((name, None if name == STOCK else 64)):
-            lines.append(f"| {name} | " + " | ".join(str(Share(**case["accuracy"][kind])) for kind in kinds) + " |")
+    for cost in COSTS:
+        lines += ["", f"| at {cost} | " + " | ".join(kinds) + " |", "| --- |" + " --- |" * len(kinds)]
+        for name in (STOCK, *names):
+            if case := cases.get((name, None if name == STOCK else cost)):
+                shares = (Share(**case["accuracy"][kind]) for kind in kinds)
+                lines.append(f"| {name} | " + " | ".join(map(str, shares)) + " |")
     return "\n".join(lines)
 
 

@@ -40,7 +40,9 @@ class VisionZip(Selector):
             step = max(1, rest.shape[1] // contextual)
             is_target = torch.zeros(rest.shape[1], dtype=torch.bool)
             is_target[: contextual * step : step] = True
-            targets, others = rest[:, is_target], rest[:, ~is_target]
+            # Numbers, not a mask: how many there are must not be read back from the device.
+            here, there = (which.nonzero()[:, 0].to(rest.device) for which in (is_target, ~is_target))
+            targets, others = rest[:, here], rest[:, there]
             keys, features = tower.mean_keys(), tower.vision.float()
             goes_to = first_max(cosine(rows_of(keys, others), rows_of(keys, targets)))  # [B, others]
             share = torch.nn.functional.one_hot(goes_to, contextual).float()  # [B, others, contextual]
