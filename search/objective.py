@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from eos_search.examples import Prepared
 from eos_search.relaxed import RelaxedOutput, straight
 from eos_search.theta import ThetaValues
-from eos_vllm.core.profile import BudgetMeasure
 
 AlignOn = Literal["text", "visual"]
 BudgetGates = Literal["acting", "all"]
+SearchMeasure = Literal["final", "layer_average"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Objective:
     lambda_budget: float = 1.0
     lambda_cost: float = 1.0
     cross_entropy: bool = True
-    budget_measure: BudgetMeasure = "final"
+    budget_measure: SearchMeasure = "final"
     budget_gates: BudgetGates = "acting"
 
     @property

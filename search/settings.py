@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from eos_search.objective import AlignOn, BudgetGates
+from eos_search.objective import AlignOn, BudgetGates, SearchMeasure
 from eos_search.theta import Kind, StartName
 from eos_vllm.core.errors import SettingError
-from eos_vllm.core.profile import BudgetMeasure, QueryRule
+from eos_vllm.core.profile import QueryRule
 
 DataFormat = Literal["cluttervqa", "jsonl", "llava", "huggingface"]
 CONFIGS = Path(__file__).with_name("configs")
@@ -54,7 +54,7 @@ class SearchSettings(BaseModel):
 
     budget: int = Field(64, ge=1, description="B: visual tokens of an image that may be left")
     serve_budgets: Layers = Field((), description="final counts that examples take in turn (default: Theta's own)")
-    budget_measure: BudgetMeasure = Field("final", description="final (Eq. 13) or layer_average")
+    budget_measure: SearchMeasure = Field("final", description="final (Eq. 13) or layer_average")
     budget_gates: BudgetGates = Field("acting", description="gates that count in it: acting, or all as in Eq. 13")
     max_reducers: int = Field(3, ge=1, description="C: layers that may reduce")
     minimum: int = Field(1, ge=1, description="Kmin: visual tokens that every reducer leaves")

@@ -14,7 +14,6 @@ from torch import nn
 
 from eos_vllm.analysis.scaling import scale_layers
 from eos_vllm.core.errors import SettingError
-from eos_vllm.core.profile import BudgetMeasure
 
 Kind = Literal["gate", "discard", "gamma", "tau", "theta", "rho", "nu"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -126,7 +125,7 @@ def start_values(
     budget: int,
     max_reducers: int,
     placement: Sequence[int],
-    measure: BudgetMeasure = "final",
+    measure: Literal["final", "layer_average"] = "final",
 ) -> torch.Tensor:
     """Values ``[L, 7]`` that the search starts from.
 
