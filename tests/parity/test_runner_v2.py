@@ -37,7 +37,7 @@ def test_answers_are_those_of_v1(tiny_model: Path, tmp_path: Path) -> None:
     "chosen",
     [
         ["parity/test_parity.py", "-k", "preempted or ends_in_an_image or schedule"],
-        ["parity/test_before_the_decoder.py", "-k", "topk-transfer or topk-withdrawn"],
+        ["parity/test_before_the_decoder.py", "-k", "topk-withdrawn"],
         ["parity/test_chats.py", "-k", "turn-relevant and (three_turns or other_questions or chunks)"],
         ["parity/test_many_requests.py", "-k", "empty"],
         ["serving/test_steps.py", "serving/test_proof.py", "serving/test_rehearsal.py", "-k", "not slots and not left"],
