@@ -4,8 +4,9 @@
     python benchmarks/equal_cost.py --table results/equal-cost.json  # prints the tables of a result again
 
 Cost is the layer average: visual tokens that a decoder layer caches, on average over layers. Accuracy is that of the
-Hugging Face reference with a server's counts; speed is that of vLLM answering the same questions, one model and one
-profile per row. What was stopped goes on with the same command.
+Hugging Face reference; speed is that of vLLM answering the same questions, one model and one profile per row. Counts
+are exact (`--eos-exact-counts`): rounded to KV blocks, costs would no longer be equal. What was stopped goes on with
+the same command.
 """
 
 import argparse
@@ -33,7 +34,6 @@ from eos_vllm.models.geometry import geometry
 from eos_vllm.provenance import commit_line, machine_line, provenance
 
 COSTS = (256, 192, 128, 64, 32, 16)
-BLOCK = 32
 REQUESTS, REPEATS = 48, 3
 # Selectors whose defaults are LLaVA-1.5's, or which one score does not describe.
 RULES: dict[str, dict[str, Any]] = {
@@ -93,7 +93,7 @@ def measure_accuracy(result: dict[str, Any], rows: list[Row], save: Any) -> None
     try:
         named: dict[str, list[Case]] = {STOCK: [Case(STOCK, None, None)]}
         for name, profile in all_profiles().items():
-            named[name] = [Case(name, profile, cost, block=BLOCK) for cost in reachable(profile)]
+            named[name] = [Case(name, profile, cost) for cost in reachable(profile)]
         for name, cases in named.items():
             have = {(c["profile"], c["budget"]) for c in result["cases"]}
             missing = [c for c in cases if (c.name, c.budget) not in have]
@@ -130,7 +130,9 @@ def run_engine(rows: list[Row], profile: Profile | None, costs: list[int]) -> di
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    extra = {} if profile is None else {"additional_config": {"eos": {"profile": profile.to_dict()}}}
+    extra = (
+        {} if profile is None else {"additional_config": {"eos": {"profile": profile.to_dict(), "exact_counts": True}}}
+    )
     llm: Any = LLM(str(embedded.path()), dtype="float32", max_model_len=2048, kv_cache_memory_bytes=256 << 20, **extra)
     try:
         chosen = rows[:: max(1, len(rows) // REQUESTS)][:REQUESTS]
@@ -207,8 +209,8 @@ The embedded model, {questions} questions about {images} images of ClutterVQA's 
 average: visual tokens that a decoder layer caches, on average over layers; it is also the share of stock's visual KV.
 Percent of right answers, the six kinds weighing alike, with 95 % intervals by bootstrap over images; behind the
 semicolon requests per second over stock's, of the same profile in vLLM with its own defaults (float32, {requests}
-single questions at once, {repeats} rounds between two engines of stock). A dash: the profile's layers cannot meet that
-cost. Drawn by
+single questions at once, {repeats} rounds between two engines of stock). Counts are exact (`--eos-exact-counts`). A
+dash: the profile's layers cannot meet that cost. Drawn by
 
 ```
 python benchmarks/equal_cost.py --table {raw} --page {page}
