@@ -81,8 +81,12 @@ def _power_for(profile: Profile, shares: list[float], budget: int) -> float:
     rescaled = [share for share in shares if share > 0]
     if measure == "final" and rescaled and rescaled[-1] < 1.0:
         return math.log(budget / total) / math.log(rescaled[-1])
-    if not rescaled or rescaled[-1] >= 1.0 or measure == "final":
-        return 1.0  # a withdrawal alone: there is nothing to rescale
+    if not rescaled or rescaled[-1] >= 1.0:  # a withdrawal alone: there is nothing to rescale
+        least = cost(profile, [total if share > 0 else 0.0 for share in shares], measure)
+        if measure != "final" and budget < math.floor(least):
+            problem = f"profile {profile.name!r} only withdraws, which leaves {least:.1f} by {measure}"
+            raise BudgetError(REQUEST_FIELD, budget, problem, f"give {math.floor(least)} to {total}")
+        return 1.0
 
     def cost_at(power: float) -> float:
         return cost(profile, [total * share**power if share > 0 else 0.0 for share in shares], measure)

@@ -305,7 +305,8 @@ class _StepDraft:
         for n, counts in enumerate(zip(totals.tolist(), keeps.tolist(), strict=True)):
             if counts[1] < counts[0]:
                 by_counts.setdefault(counts, []).append(n)
-        reduced = sorted({int(images.requests[n]) for members in by_counts.values() for n in members})
+        scored = (members for (_, keep), members in by_counts.items() if keep)  # a withdrawal reads no keys
+        reduced = sorted({int(images.requests[n]) for members in scored for n in members})
         self.cached = tuple((r, int(cached[segment, r])) for r in reduced if cached[segment, r])
         places, behind = {}, int(starts[segment, -1])
         for r, count in self.cached:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from eos_vllm.core.budget import kept_counts
-from eos_vllm.core.profile import Profile
+from eos_vllm.core.profile import Profile, Withdrawal
 from eos_vllm.core.windows import IMAGE_QUERIES, WindowRule
 
 _REMEMBERED = 4096
@@ -220,7 +220,9 @@ class Planner:
         self.budget = profile.budget.tokens if budget is None else budget
         self.block = block
         self.rule = WindowRule(profile.window, tuple(marker))
+        self.withdraws = isinstance(profile.reducers[-1], Withdrawal)
         self._counts: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._by_profile: dict[int, tuple[int, ...]] = {}
 
     def counts(self, budget: int | None = None, total: int | None = None) -> tuple[int, ...]:
         """Visual tokens of one image left after each reducer, rounded to blocks.
@@ -254,9 +256,13 @@ class Planner:
     def _wanted(self, budget: int | None) -> tuple[int, ...]:
         """Counts after each reducer as the profile says, of images as long as it thinks."""
         budget = self.budget if budget is None else budget
-        wanted = kept_counts(self.profile, budget)
-        if budget >= self.profile.model.visual_tokens and str(budget) not in self.profile.schedules:
-            return (budget,) * len(wanted)  # no reduction, of images that are longer than the profile's either
+        if (wanted := self._by_profile.get(budget)) is None:
+            if len(self._by_profile) >= _REMEMBERED:
+                self._by_profile.clear()
+            wanted = kept_counts(self.profile, budget)
+            if budget >= self.profile.model.visual_tokens and str(budget) not in self.profile.schedules:
+                wanted = (budget,) * len(wanted)  # no reduction, of images that are longer than the profile's either
+            self._by_profile[budget] = wanted
         return wanted
 
     def _inside(self, budget: int | None, length: int) -> tuple[int, ...]:
@@ -266,6 +272,8 @@ class Planner:
             if len(self._counts) >= _REMEMBERED:
                 self._counts.clear()
             wanted = self._wanted(budget)[len(self.profile.reducers) - len(self.profile.inside) :]
+            if self.profile.importance.debias is not None and length != self.profile.model.visual_tokens:
+                wanted = (length,) * len(wanted)  # what its places receive was never measured
             counts = tuple(rounded_count(length, min(count, length), self.block) for count in wanted)
             self._counts[key] = counts
         return counts
@@ -301,4 +309,8 @@ class Planner:
             # The sampler reads the last token, so it cannot be withdrawn.
             kept = (*kept[:-1], (*kept[-1][:-1], rounded_count(ordered[-1].length, 1, self.block)))
         asked = IMAGE_QUERIES if self.rule.kind == "image" else 0
-        return RequestPlan(len(prompt), ordered, kept, self.rule.ends(prompt, ordered), asked)
+        windows = self.rule.ends(prompt, ordered)
+        if asked and self.withdraws:
+            # One more token, so that no step leaves the layers behind the withdrawal without any.
+            windows = tuple(min(end + 1, len(prompt)) for end in windows)
+        return RequestPlan(len(prompt), ordered, kept, windows, asked)

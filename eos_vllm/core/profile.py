@@ -305,6 +305,8 @@ def _check_reducer(i: int, reducer: Reducer | Withdrawal, depth: int, reducers: 
         return
     if reducer.layer != BEFORE:
         raise ValueError(f"reducers[{i}].select belongs to layer -1; in the decoder attention selects")
+    if reducer.select.rule == "resize" and reducers > 1:
+        raise ValueError(f"reducers[{i}].select: resize keeps squares, and reducers behind it need whole KV blocks")
     if reducer.select.mixes and (reducer.gamma or reducer.rho):
         raise ValueError(f"reducers[{i}]: {reducer.select.rule} mixes tokens itself; gamma and rho must be 0")
 

@@ -235,8 +235,8 @@ class BatchState:
     def _token_positions(self, metadata: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
         n, tokens = metadata.num_reqs, int(metadata.query_start_loc_cpu[metadata.num_reqs])
         requests = self._arange[:n]
-        if metadata.max_query_len == 1 and tokens <= n:
-            # Decode: a token a request; padded requests, all behind, have none.
+        if metadata.max_query_len == 1 and int(metadata.query_start_loc_cpu[min(tokens, n)]) == tokens:
+            # Decode: a token a request; requests without one, such as padded ones, are all behind.
             return requests[:tokens], metadata.seq_lens[:tokens].long() - 1
         starts = metadata.query_start_loc.long()
         rows = torch.repeat_interleave(requests, starts.diff(), output_size=tokens)

@@ -16,13 +16,21 @@ from eos_vllm.serving.report import short_report
 logger = init_logger("vllm.eos")
 
 
-def count_selected(counters: Counters, step: SchedulerOutput, planner: Planner) -> int:
-    """Adds the images of requests that are new in a step and not under a cache hit; gives their number."""
+def count_selected(counters: Counters, step: SchedulerOutput, planner: Planner, counted: set[str]) -> int:
+    """Adds the images of requests that are new in a step, not under a cache hit, and reduced; gives their number.
+
+    ``counted`` holds the requests that are under way: one that comes back after a preemption may look new.
+    """
     total, images = planner.profile.model.visual_tokens, 0
+    counted -= step.finished_req_ids
     for request in step.scheduled_new_reqs:
+        if request.req_id in counted:
+            continue
+        counted.add(request.req_id)
         for feature in request.mm_features:
-            if feature.modality == "image" and feature.mm_position.offset >= request.num_computed_tokens:
-                counters.count_tokens(0, total, feature.mm_position.length)
+            place = feature.mm_position
+            if feature.modality == "image" and request.num_computed_tokens <= place.offset and place.length < total:
+                counters.count_tokens(0, total, place.length)
                 images += 1
     return images
 
@@ -37,13 +45,14 @@ class CountingSchedulerMixin(Scheduler):
             raise RuntimeError("the eos scheduler was chosen, but additional_config holds no eos profile")
         self.planner = planner
         self.counters = Counters(1)
+        self._counted: set[str] = set()
         logger.info("eos: %s", short_report(planner))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """As vLLM's; counts the images of new requests."""
         step = super().schedule(*args, **kwargs)
         if step.scheduled_new_reqs:
-            self.counters.images += count_selected(self.counters, step, self.planner)
+            self.counters.images += count_selected(self.counters, step, self.planner, self._counted)
         return step
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

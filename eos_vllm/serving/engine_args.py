@@ -139,7 +139,11 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
 
     options = resolve_options(engine_args.additional_config[KEY])
     engine_args.additional_config = {**engine_args.additional_config, KEY: options}
-    if not parse_profile(options["profile"], options["source"]).inside:
+    profile = parse_profile(options["profile"], options["source"])
+    if profile.before is not None and engine_args.enable_tower_connector_lora:
+        problem = "adapters of the vision tower are mapped by placeholders, of which there are fewer than patches"
+        raise SettingError("enable-tower-connector-lora", True, problem, "leave it out, or reduce in the decoder only")
+    if not profile.inside:
         # Nothing happens within the decoder: all that vLLM can do stays as it is.
         engine_args.model_class_overrides = {**engine_args.model_class_overrides, ARCHITECTURE: MODEL_CLASS}
         if not engine_args.worker_extension_cls:
@@ -246,6 +250,9 @@ def finish(vllm_config: Any) -> None:
     check_model(planner.profile, vllm_config.model_config)
     if (runner := vllm_config.model_config.runner_type) != "generate":
         raise SettingError("runner", runner, "pooling reads tokens that are gone", "serve the model to generate")
+    if planner.withdraws and planner.profile.model.visual_tokens % planner.block:
+        problem = f"a withdrawal removes whole blocks, and {planner.profile.model.visual_tokens} tokens are none"
+        raise SettingError("block-size", planner.block, problem, "leave it out, or give --eos-exact-counts")
     if is_breakable_cudagraph_enabled():
         problem = "the graph of a whole step would replay the unreduced forward pass"
         raise SettingError("VLLM_USE_BREAKABLE_CUDAGRAPH", 1, problem, "unset it, and VLLM_BATCH_INVARIANT")

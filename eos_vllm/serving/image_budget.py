@@ -6,6 +6,7 @@ image's placeholders depends on them.
 
 import functools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.entrypoints.common.offline import OfflineInferenceMixin
@@ -13,11 +14,14 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import online_renderer
 from vllm.sampling_params import SamplingParams
 
-from eos_vllm.core.budget import REQUEST_FIELD
+from eos_vllm.core.budget import REQUEST_FIELD, parse_budget
 from eos_vllm.core.plan import Planner
-from eos_vllm.serving.image_processor import budget_for_rendering
+from eos_vllm.serving.image_processor import KEEP, budget_for_rendering
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.requests import budget_of
+
+# In the task of a request whose budget we passed on ourselves.
+_PASSED_ON: ContextVar[bool] = ContextVar("eos_budget_passed_on", default=False)
 
 
 def install_image_budget() -> None:
@@ -45,8 +49,9 @@ def install_image_budget() -> None:
 
     @functools.wraps(validate)
     def validated(*, mm_processor_kwargs: Any, **kwargs: Any) -> None:
-        others = {k: v for k, v in (mm_processor_kwargs or {}).items() if k != REQUEST_FIELD}
-        validate(mm_processor_kwargs=others or None, **kwargs)
+        if _PASSED_ON.get():
+            mm_processor_kwargs = {k: v for k, v in mm_processor_kwargs.items() if k != REQUEST_FIELD}
+        validate(mm_processor_kwargs=mm_processor_kwargs or None, **kwargs)
 
     online_renderer.validate_request_mm_kwargs = validated
 
@@ -63,26 +68,37 @@ def _rendered(prompts: Any, params: Any) -> Iterator[Any]:
         yield found
 
 
-def pass_budget_on(planner: Planner, body: Any) -> None:
-    """Over HTTP: puts ``vllm_xargs.eos_retain`` where the processor sees it, before the prompt is rendered.
+def join_budgets(planner: Planner, body: Any) -> None:
+    """Over HTTP: a budget in ``mm_processor_kwargs`` is one in ``vllm_xargs``, and is checked as such.
 
     Raises:
-        VLLMValidationError: ``mm_processor_kwargs`` name another budget; answered as HTTP 400.
+        VLLMValidationError: it cannot count, or both name one and differ; answered as HTTP 400.
     """
-    if planner.profile.before is None or not hasattr(body, "mm_processor_kwargs"):
+    given = getattr(body, "mm_processor_kwargs", None) or {}
+    if planner.profile.before is None or REQUEST_FIELD not in given:
         return
-    extra, arguments = dict(body.vllm_xargs or {}), dict(body.mm_processor_kwargs or {})
-    if REQUEST_FIELD in arguments:
-        if extra.setdefault(REQUEST_FIELD, arguments[REQUEST_FIELD]) != arguments[REQUEST_FIELD]:
-            raise VLLMValidationError(
-                f"mm_processor_kwargs.{REQUEST_FIELD}={arguments[REQUEST_FIELD]!r}: vllm_xargs say "
-                f"{extra[REQUEST_FIELD]!r}; name one budget",
-                parameter=REQUEST_FIELD,
-            )
-        body.vllm_xargs = extra
-    if REQUEST_FIELD in extra:
-        arguments[REQUEST_FIELD] = budget_of(SamplingParams(extra_args=extra))
-        body.mm_processor_kwargs = arguments
+    if not hasattr(body, "vllm_xargs"):
+        raise VLLMValidationError(
+            f"mm_processor_kwargs.{REQUEST_FIELD}: this endpoint takes the server's budget; leave it out",
+            parameter=REQUEST_FIELD,
+        )
+    extra = dict(body.vllm_xargs or {})
+    if extra.setdefault(REQUEST_FIELD, given[REQUEST_FIELD]) != given[REQUEST_FIELD]:
+        raise VLLMValidationError(
+            f"mm_processor_kwargs.{REQUEST_FIELD}={given[REQUEST_FIELD]!r}: vllm_xargs say {extra[REQUEST_FIELD]!r}; "
+            "name one budget",
+            parameter=REQUEST_FIELD,
+        )
+    body.vllm_xargs = extra
+
+
+def pass_budget_on(planner: Planner, body: Any) -> None:
+    """Over HTTP: puts ``vllm_xargs.eos_retain``, checked before, where the processor sees it when it renders."""
+    extra = getattr(body, "vllm_xargs", None) or {}
+    if planner.profile.before is None or REQUEST_FIELD not in extra or not hasattr(body, "mm_processor_kwargs"):
+        return
+    body.mm_processor_kwargs = {**(body.mm_processor_kwargs or {}), REQUEST_FIELD: parse_budget(extra[REQUEST_FIELD])}
+    _PASSED_ON.set(True)
 
 
 def check_image_tokens(planner: Planner, request: Any) -> None:
@@ -95,7 +111,12 @@ def check_image_tokens(planner: Planner, request: Any) -> None:
         return
     want = planner.image_tokens(budget_of(request.sampling_params))
     for feature in request.mm_features or ():
-        if feature.modality == "image" and feature.mm_position.length != want:
+        if feature.modality != "image":
+            continue
+        # Features that a client made itself may lack the count, or have another than placeholders.
+        data = feature.data
+        marked = want if data is None else int(data[KEEP].data) if KEEP in data else None
+        if feature.mm_position.length != want or marked != want:
             raise VLLMValidationError(
                 f"{REQUEST_FIELD}: the prompt holds {feature.mm_position.length} tokens for an image, the request's "
                 f"budget means {want}; name the same budget in mm_processor_kwargs and in the parameters",

@@ -38,7 +38,8 @@ def budget_for_rendering(budget: int | None) -> Iterator[None]:
 
 def fingerprint(pixels: torch.Tensor) -> int:
     """64 bits that tell a processed image ``[3, h, w]`` from others."""
-    digest = hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=8).digest()
+    raw = pixels.detach().cpu().contiguous().view(torch.uint8)  # numpy knows no bfloat16
+    digest = hashlib.blake2b(raw.numpy().tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -54,7 +55,7 @@ class EosLlavaProcessor(LlavaMultiModalProcessor):
         """As vLLM's, of the longest that an image may be: memory is profiled and encoder budgets are made by it."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
         if self.planner is not None:
-            inputs.hf_processor_mm_kwargs = {KEEP: self.planner.profile.model.visual_tokens}
+            inputs.hf_processor_mm_kwargs = {REQUEST_FIELD: self.planner.profile.model.visual_tokens}
         return inputs
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,17 +64,17 @@ class EosLlavaProcessor(LlavaMultiModalProcessor):
         Raises:
             ValueError: embeddings in place of an image.
         """
+        given = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k != KEEP}  # ours alone, never a caller's
         if self.planner is not None and "image" in inputs.mm_data_items:
             if isinstance(inputs.mm_data_items["image"], ImageEmbeddingItems):
                 raise ValueError(
                     "image_embeds: this server selects an image's tokens from what its vision tower gives, and "
                     "embeddings have left it; send the image"
                 )
-            given = dict(inputs.hf_processor_mm_kwargs)
             budget = given.pop(REQUEST_FIELD, None)
             budget = _BUDGET.get() if budget is None else parse_budget(budget)
-            given.setdefault(KEEP, self.planner.image_tokens(budget))
-            inputs.hf_processor_mm_kwargs = given
+            given[KEEP] = self.planner.image_tokens(budget)
+        inputs.hf_processor_mm_kwargs = given
         return super().apply(inputs, *args, **kwargs)
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> Any:

@@ -54,7 +54,7 @@ class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return
         check_contract("worker")
         counters = Counters(len(planner.profile.reducers))
-        if planner.profile.before is not None:
+        if planner.profile.before is not None and hasattr(self.vision_tower, "vision_model"):  # else it takes no images
             self.eos_before = Preselection(planner, self, vllm_config, counters)
         hook_v1_runner()
         if planner.profile.inside:
@@ -65,6 +65,12 @@ class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """As vLLM's; with a reducer before the decoder an image has as many rows as its prompt has placeholders."""
         return super().embed_multimodal(**kwargs) if self.eos_before is None else self.eos_before.embed(kwargs)
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; what other weights chose of an image is forgotten."""
+        if self.eos_before is not None:
+            self.eos_before.choices.clear()
+        return super().load_weights(*args, **kwargs)
 
     @staticmethod
     def get_model_state_cls() -> type:

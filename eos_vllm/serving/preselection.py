@@ -84,7 +84,10 @@ class Preselection:
             weight = like.patch_embedding.weight
             shape = (self.at_once, config.num_channels, config.image_size, config.image_size)
             pixels = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        keep, counters = self.planner.image_tokens(), self.counters
+        total, counters = self.planner.profile.model.visual_tokens, self.counters
+        keep = self.planner.image_tokens()
+        if keep >= total:  # the server's own budget keeps all; a client's may not
+            keep = self.selector.count(total // 2, total)
         self.counters = Counters(len(self.planner.profile.reducers))
         with torch.inference_mode():
             rows = self._embed(pixels, [keep] * len(pixels), [None] * len(pixels))
@@ -115,7 +118,8 @@ class Preselection:
         """Rows of images of one count ``[B, K, d]``.
 
         An image that is known at this count keeps its choice. A tower rounds otherwise in another batch, near ties
-        would then fall otherwise, and a prefix hit that ends within the image would join two choices.
+        would then fall otherwise, and a prefix hit that ends within the image would join two choices. (Rules that mix
+        tokens choose anew: of theirs a near tie shifts one token's part.)
         """
         if keep >= tower.total:
             return tower.projected
@@ -126,7 +130,7 @@ class Preselection:
         if fresh:
             chosen = self.selector.choose(_of(tower, fresh), keep).kept
             for i, kept in zip(fresh, chosen, strict=True):
-                known[i] = kept
+                known[i] = kept.clone()  # a view would hold the whole batch's
         for image, kept in zip(images, known, strict=True):
             if image is not None and kept is not None:
                 self.choices[image, keep] = kept

@@ -14,7 +14,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from eos_vllm.core.budget import REQUEST_FIELD
 from eos_vllm.core.errors import BudgetError
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
-from eos_vllm.serving.image_budget import check_image_tokens, install_image_budget, pass_budget_on
+from eos_vllm.serving.image_budget import check_image_tokens, install_image_budget, join_budgets, pass_budget_on
 from eos_vllm.serving.image_processor import budget_for_rendering
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.requests import budget_of, image_spans, plan_of_features
@@ -55,6 +55,7 @@ def install_request_checks() -> None:
     async def check_first(self: BaseServing, request: Any) -> Any:
         client = getattr(self, "engine_client", None)  # those that only tokenize or render have none
         if client is not None and (planner := planner_of(client.vllm_config)) is not None:
+            join_budgets(planner, request)
             check_body(planner, request)
             pass_budget_on(planner, request)
         return await check_model(self, request)

@@ -43,6 +43,7 @@ class EosSchedulerMixin(Scheduler):
             keep_covered_images()
         prove_allocation(self.kv_cache_config, planner, self.max_model_len, self.coordinator)
         self.counters = Counters(len(planner.profile.reducers))
+        self._counted: set[str] = set()
         self._selects = planner.profile.before is not None
         self._unreduced: set[str] = set()  # requests whose images are not all in
         logger.info("eos: %s", startup_report(planner, self.vllm_config, self.kv_cache_config))
@@ -77,7 +78,7 @@ class EosSchedulerMixin(Scheduler):
         finally:
             self.coordinator.scheduling = False
         if self._selects:
-            count_selected(self.counters, step, self.planner)
+            count_selected(self.counters, step, self.planner, self._counted)
         if self.plans and (resumed := step.scheduled_cached_reqs.resumed_req_ids):
             self._unreduced.update(name for name in resumed if name in self.plans)
         for name in self._unreduced.intersection(step.num_scheduled_tokens):

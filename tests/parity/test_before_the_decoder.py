@@ -12,6 +12,7 @@ import torch
 from eos_search.reference import ReferenceModel
 from eos_search.tower import tower_output
 from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.models.images import sample_image
 from eos_vllm.serving.image_processor import fingerprint
 from support.engines import Ask, BlockWatch, answer_all, engine, free_blocks, mixed_asks, scheduler_of
 
@@ -120,6 +121,27 @@ def test_alone_it_is_the_reference_on_stock_machinery(name: str, tiny_model: Any
     assert compared > 0 or profile.selector.mixes or profile.selector.rule == "resize"
     assert [a.token_ids for a in again] == [a.token_ids for a in answers]
     assert 0 < report["tokens_kept"][0] < report["tokens_in"][0]
+
+
+def test_adjacent_images_that_ask_themselves_and_are_withdrawn(tiny_model: Any) -> None:
+    """No step may end such that the layers behind the withdrawal see no token of a request."""
+    profile = make({"rule": "topk"}, withdraw=4, importance={"queries": "image"})
+    asks = [
+        Ask("USER: <image><image><image>\nWhat? ASSISTANT:", [sample_image(800 + 3 * i + j) for j in range(3)], 64)
+        for i in range(3)
+    ]
+    asks += [Ask(f"USER: Number {i}? ASSISTANT:") for i in range(3)]
+    asks += [Ask("USER: <image>", [sample_image(820)], 64), Ask("USER: <image><image>", [sample_image(821)] * 2, 64)]
+    reference = ReferenceModel.from_pretrained(str(tiny_model), profile, block=32)
+    small = {"max_num_batched_tokens": 240, "limit_mm_per_prompt": {"image": 3}}
+    with engine(tiny_model, profile, **small) as llm:
+        free = free_blocks(llm)
+        with BlockWatch(scheduler_of(llm)) as watch:
+            answers, again = answer_all(llm, asks), answer_all(llm, asks)
+        assert free_blocks(llm) == free
+    assert not watch.errors
+    hold(asks, answers, reference)
+    assert [a.token_ids for a in again] == [a.token_ids for a in answers]
 
 
 @pytest.mark.parametrize("name", INSIDE)

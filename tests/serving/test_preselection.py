@@ -127,6 +127,15 @@ def test_image_embeddings_are_refused_with_a_line(tiny_model: Any) -> None:
             llm.generate(prompt, use_tqdm=False)
 
 
+def test_it_serves_bfloat16_and_is_rehearsed_where_all_tokens_are_the_default(tiny_model: Any) -> None:
+    with engine(tiny_model, make({"rule": "maxmin"}), retain=576, dtype="bfloat16") as llm:
+        model = model_of(llm)
+        assert model.eos_before.rehearsed
+        assert model.eos_before.counters.images == 0
+        answers = answer_all(llm, [Ask("USER: <image>\nWhat? ASSISTANT:", [sample_image(4)], k) for k in (None, 20)])
+        assert answers[0].prompt_tokens - answers[1].prompt_tokens == 576 - 20
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

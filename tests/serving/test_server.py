@@ -184,6 +184,16 @@ def test_aborted_streams_leave_nothing_behind(client: openai.OpenAI, server: Ser
     assert not any(held.values())
 
 
+def test_a_budget_in_processor_arguments_is_refused_where_nothing_reads_it(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="mm_processor_kwargs"):
+        client.chat.completions.create(
+            model="tiny",
+            messages=messages("What?", 90),
+            max_tokens=2,
+            extra_body={"mm_processor_kwargs": {"eos_retain": 32}},
+        )
+
+
 def test_counts_stand_in_metrics_and_log(client: openai.OpenAI, server: Server) -> None:
     def kept() -> list[float | None]:
         text = server.text("/metrics")

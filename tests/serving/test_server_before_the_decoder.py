@@ -107,6 +107,14 @@ def test_a_budget_in_processor_arguments_counts_and_other_arguments_do_not(clien
             ask(client, "What?", (601,), mm_processor_kwargs=arguments)
 
 
+def test_an_endpoint_that_takes_no_budget(client: openai.OpenAI) -> None:
+    body = {"model": "tiny", "messages": [[{"role": "user", "content": "Hello"}]], "max_tokens": 4}
+    answer = client.post("/chat/completions/batch", body=body, cast_to=object)
+    assert "choices" in answer
+    with pytest.raises(openai.BadRequestError, match="takes the server's budget"):
+        client.post("/chat/completions/batch", body={**body, "mm_processor_kwargs": {"eos_retain": 32}}, cast_to=object)
+
+
 def test_report_and_metrics(client: openai.OpenAI, server: Server) -> None:
     def kept() -> float:
         return counter(server.text("/metrics"), "eos_visual_tokens_kept_total", 'layer="-1"') or 0.0

@@ -51,6 +51,7 @@ BAD = {
     "unknown rule": (data(reducer(-1, select={"rule": "best"})), "reducers.0.select"),
     "another rule's field": (data(reducer(-1, select={"rule": "maxmin", "alpha": 1.0})), "alpha"),
     "it mixes itself": (data(reducer(-1, select={"rule": "visionzip"}, gamma=0.1)), "visionzip mixes tokens itself"),
+    "resize with another": (data(reducer(-1, select={"rule": "resize"}), reducer(2)), "resize keeps squares"),
     "withdrawn before another": (data(WITHDRAW, reducer(6)), "reducers[0].withdraw: nothing is left"),
     "withdrawn too deep": (data(reducer(1), {"layer": 7, "withdraw": True}), "reducers[1].layer=7 is too deep"),
     "withdrawn with values": (data(reducer(1), {**reducer(5), "withdraw": True}), "profile.reducers.1.gate"),
@@ -134,9 +135,13 @@ def test_a_budget_is_met_by_its_own_measure(
 
 
 def test_a_withdrawal_alone() -> None:
-    alone = profile(WITHDRAW)
+    alone = profile(WITHDRAW, measure="final")
     assert kept_counts(alone) == (0,)
     assert kept_counts(alone, 576) == (576,)
+    by_cost = profile(WITHDRAW)
+    assert kept_counts(by_cost, 432) == (0,)
+    with pytest.raises(BudgetError, match="only withdraws, which leaves 432"):
+        kept_counts(by_cost, 64)
 
 
 def test_reducers_inside_set_the_floor_and_one_before_has_none() -> None:

@@ -21,12 +21,12 @@ class Uniform(Selector):
 
 
 class Random(Selector):
-    """Places by lot, the same ones of every image."""
+    """Random places, the same ones of every image."""
 
     rule: Literal["random"] = "random"
     seed: int = Field(default=0, ge=0)
 
     def choose(self, tower: TowerOutput, keep: int) -> Choice:
         """As :meth:`Selector.choose`."""
-        lot = torch.randperm(tower.total, generator=torch.Generator().manual_seed(self.seed))[:keep].sort().values
-        return Choice(lot.to(tower.vision.device).expand(tower.images, keep))
+        places = torch.randperm(tower.total, generator=torch.Generator().manual_seed(self.seed))[:keep].sort().values
+        return Choice(places.to(tower.vision.device).expand(tower.images, keep))

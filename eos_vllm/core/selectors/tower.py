@@ -121,7 +121,8 @@ def first_max(values: torch.Tensor) -> torch.Tensor:
     """Index of the largest value of each row ``[..., N]``; of equal ones the lowest, on every device."""
     best = values.amax(dim=-1, keepdim=True)
     index = torch.arange(values.shape[-1], device=values.device)
-    return torch.where(values == best, index, values.shape[-1]).amin(dim=-1)
+    found = torch.where(values == best, index, values.shape[-1]).amin(dim=-1)
+    return found.clamp_(max=values.shape[-1] - 1)  # nothing equals a NaN, which must spoil one answer and no more
 
 
 def ascending(chosen: list[torch.Tensor]) -> torch.Tensor:
