@@ -165,9 +165,13 @@ def _of(tower: TowerOutput, which: list[int]) -> TowerOutput:
     """Some images of a batch."""
     if len(which) == tower.images:
         return tower
-    layers = {i: QueriesAndKeys(seen.query[which], seen.key[which]) for i, seen in tower.layers.items()}
-    cls = None if tower.cls is None else tower.cls[which]
-    return TowerOutput(tower.vision[which], tower.project, cls, layers, tower.join)
+    rows = torch.tensor(which)
+    device = tower.vision.device
+    # Without waiting for the tower, which a copy from plain memory would.
+    rows = rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+    layers = {i: QueriesAndKeys(seen.query[rows], seen.key[rows]) for i, seen in tower.layers.items()}
+    cls = None if tower.cls is None else tower.cls[rows]
+    return TowerOutput(tower.vision[rows], tower.project, cls, layers, tower.join)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Choices that look at nothing: what every method has to beat, and the ceiling of speed."""
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from pydantic import Field
 
 from eos_vllm.core.selectors.base import Choice, Selector
-from eos_vllm.core.selectors.tower import TowerOutput
+from eos_vllm.core.selectors.tower import TowerOutput, spread
 
 
 class Uniform(Selector):
@@ -16,8 +17,7 @@ class Uniform(Selector):
 
     def choose(self, tower: TowerOutput, keep: int) -> Choice:
         """As :meth:`Selector.choose`."""
-        places = (torch.arange(keep) * 2 + 1) * tower.total // (2 * keep)
-        return Choice(places.to(tower.vision.device).expand(tower.images, keep))
+        return Choice(spread(keep, tower.total, tower.vision.device).expand(tower.images, keep))
 
 
 class Random(Selector):
@@ -28,5 +28,12 @@ class Random(Selector):
 
     def choose(self, tower: TowerOutput, keep: int) -> Choice:
         """As :meth:`Selector.choose`."""
-        places = torch.randperm(tower.total, generator=torch.Generator().manual_seed(self.seed))[:keep].sort().values
-        return Choice(places.to(tower.vision.device).expand(tower.images, keep))
+        places = _random_places(self.seed, tower.total, keep, tower.vision.device)
+        return Choice(places.expand(tower.images, keep))
+
+
+@lru_cache(maxsize=256)
+def _random_places(seed: int, total: int, keep: int, device: torch.device) -> torch.Tensor:
+    """Drawn on the host, so that all devices have the same; remembered, for the copy waits for the device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(total, generator=generator)[:keep].sort().values.to(device)

@@ -6,7 +6,7 @@ import torch
 
 from eos_vllm.core.importance import complement, top_k
 from eos_vllm.core.selectors.base import Choice, Selector
-from eos_vllm.core.selectors.tower import LAST, TowerOutput, cosine, rows_of
+from eos_vllm.core.selectors.tower import LAST, TowerOutput, cosine, rows_of, spread
 
 _NEIGHBOURS = 32
 
@@ -41,9 +41,8 @@ class PruMergePlus(Selector):
         salient = max(1, patches // 4)
         ranked = score.sort(dim=-1, descending=True, stable=True).indices[:, :salient]
         rest = complement(ranked.sort(dim=1).values, tower.total)
-        spread = patches - salient
-        places = (torch.arange(spread) * 2 + 1) * rest.shape[1] // (2 * max(1, spread))
-        kept = torch.cat([ranked, rest[:, places.to(rest.device)]], dim=1)
+        places = spread(patches - salient, rest.shape[1], rest.device)
+        kept = torch.cat([ranked, rest[:, places]], dim=1)
         keys = tower.mean_keys()
         alike = cosine(rows_of(keys, kept), keys).scatter(2, kept.unsqueeze(-1), -torch.inf)
         near = top_k(alike, min(_NEIGHBOURS, tower.total - 1))  # [B, patches, 32]

@@ -117,6 +117,11 @@ def rows_of(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
+def spread(count: int, total: int, device: torch.device) -> torch.Tensor:
+    """``count`` places evenly over ``total``, from half a step on ``[count]``; made on the device."""
+    return (torch.arange(count, device=device) * 2 + 1) * total // (2 * max(1, count))
+
+
 def first_max(values: torch.Tensor) -> torch.Tensor:
     """Index of the largest value of each row ``[..., N]``; of equal ones the lowest, on every device."""
     best = values.amax(dim=-1, keepdim=True)

@@ -38,14 +38,13 @@ class VisionZip(Selector):
         if contextual:
             rest = complement(kept, tower.total)
             step = max(1, rest.shape[1] // contextual)
-            is_target = torch.zeros(rest.shape[1], dtype=torch.bool)
-            is_target[: contextual * step : step] = True
-            # Numbers, not a mask: how many there are must not be read back from the device.
-            here, there = (which.nonzero()[:, 0].to(rest.device) for which in (is_target, ~is_target))
-            targets, others = rest[:, here], rest[:, there]
+            here = (torch.arange(contextual, device=rest.device) * step).unsqueeze(0)
+            there = complement(here, rest.shape[1])
+            targets, others = rest[:, here[0]], rest[:, there[0]]
             keys, features = tower.mean_keys(), tower.vision.float()
             goes_to = first_max(cosine(rows_of(keys, others), rows_of(keys, targets)))  # [B, others]
-            share = torch.nn.functional.one_hot(goes_to, contextual).float()  # [B, others, contextual]
+            # [B, others, contextual]
+            share = (goes_to.unsqueeze(-1) == torch.arange(contextual, device=rest.device)).float()
             added = share.mT @ rows_of(features, others) / share.sum(dim=1).clamp(min=1).unsqueeze(-1)
             parts.append((rows_of(features, targets) + added).to(tower.vision.dtype))
             kept = torch.cat([kept, targets], dim=1)

@@ -32,7 +32,7 @@ class WindowTopK(Selector):
 
     def choose(self, tower: TowerOutput, keep: int) -> Choice:
         """As :meth:`Selector.choose`."""
-        places = _windows(tower.total, self.window).to(tower.vision.device)  # [windows, patches]
+        places = _windows(tower.total, self.window, tower.vision.device)  # [windows, patches]
         each = keep // 2 // len(places)
         score = tower.cls_attention()
         chosen = torch.empty(tower.images, 0, dtype=torch.int64, device=score.device)
@@ -43,11 +43,11 @@ class WindowTopK(Selector):
         return Choice(torch.cat([chosen, top_k(score, keep - chosen.shape[1])], dim=1).sort(dim=1).values)
 
 
-def _windows(total: int, window: int) -> torch.Tensor:
+def _windows(total: int, window: int, device: torch.device) -> torch.Tensor:
     """Raster indices of the patches of each square window; the whole picture is one where windows do not fit."""
     side = int(total**0.5)
     if side * side != total or side % window:
-        return torch.arange(total).unsqueeze(0)
+        return torch.arange(total, device=device).unsqueeze(0)
     across = side // window
-    grid = torch.arange(total).view(across, window, across, window)
+    grid = torch.arange(total, device=device).view(across, window, across, window)
     return grid.transpose(1, 2).reshape(across * across, window * window)
