@@ -31,7 +31,7 @@ from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.core.selectors import SELECTORS
 from eos_vllm.models import embedded
 from eos_vllm.models.geometry import geometry
-from eos_vllm.provenance import commit_line, machine_line, provenance
+from eos_vllm.provenance import machine_line, provenance
 
 COSTS = (256, 192, 128, 64, 32, 16)
 REQUESTS, REPEATS = 48, 3
@@ -130,9 +130,10 @@ def run_engine(rows: list[Row], profile: Profile | None, costs: list[int]) -> di
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    extra = (
-        {} if profile is None else {"additional_config": {"eos": {"profile": profile.to_dict(), "exact_counts": True}}}
-    )
+    extra: dict[str, Any] = {}
+    if profile is not None:
+        eos = {"profile": profile.to_dict(), "retain": max(costs), "exact_counts": True}
+        extra["additional_config"] = {"eos": eos}
     llm: Any = LLM(str(embedded.path()), dtype="float32", max_model_len=2048, kv_cache_memory_bytes=256 << 20, **extra)
     try:
         chosen = rows[:: max(1, len(rows) // REQUESTS)][:REQUESTS]
@@ -216,7 +217,7 @@ dash: the profile's layers cannot meet that cost. Drawn by
 python benchmarks/equal_cost.py --table {raw} --page {page}
 ```
 
-from the raw result, which keeps every reply. Measured at commit {commit} on {machine}.
+from the raw result, which keeps every reply. Measured at commits: {commit}; on {machine}.
 
 What a name without `embedded-` stands for is that selector before the decoder and nothing else (`gamma` 0). **The
 embedded model's CLS token was never trained**: `topk cls_attention` (FasterVLM), `visionzip`, `window_topk`,
@@ -235,7 +236,7 @@ def page(result: dict[str, Any], rows: list[Row], raw: Path, file: Path) -> str:
         repeats=REPEATS,
         raw=raw,
         page=file,
-        commit=commit_line(result["provenance"]),
+        commit="; ".join(f"{what} {commit}" for what, commit in result["measured_at"].items()),
         machine=machine_line(result["provenance"]),
     )
     cases = {(c["profile"], c["budget"]): c for c in result["cases"]}
@@ -292,9 +293,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="eos-equal-") as folder:
         rows = read_rows(export(Path(folder) / "rows", "test", args.images))
         result["questions"] = len(rows)
+        now = provenance(seed=0)["git"]
         if args.only != "speed":
+            result.setdefault("measured_at", {}).setdefault("accuracy", now)
             measure_accuracy(result, rows, save)
         if args.only != "accuracy":
+            result.setdefault("measured_at", {}).setdefault("speed", now)
             measure_speed(result, rows, save)
     print(table(result))
     return 0
