@@ -1,5 +1,6 @@
 """What all selectors are: their fields are the profile's ``select``, :meth:`Selector.choose` is the method."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,12 +36,12 @@ class Selector(BaseModel):
     # Whether the tower needs a CLS token beyond what the score needs.
     reads_cls: ClassVar[bool] = False
 
+    @abstractmethod
     def choose(self, tower: TowerOutput, keep: int) -> Choice:
         """Chooses ``keep`` of the patches, fewer than there are, of every image.
 
         Nothing is read back from the device, and no image's choice depends on the others.
         """
-        raise NotImplementedError
 
     def saliency(self, tower: TowerOutput) -> torch.Tensor:
         """Scores of all patches ``[B, N]`` by which the operator reweights (``rho``): the rule's own, else 1."""
