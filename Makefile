@@ -1,5 +1,5 @@
 # make setup | test | lint | demo | docs | clean
-# make embedded-model | accuracy | several-questions | search | ablations | bench | loadtest | bench-smoke | soak
+# make embedded-model | accuracy | several-questions | equal-cost | search | ablations | bench | loadtest | bench-smoke | soak
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
@@ -22,7 +22,7 @@ TESTS := $(filter-out tests/serving tests/__pycache__,$(patsubst %/,%,$(sort $(w
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: setup test lint demo embedded-model accuracy several-questions search ablations bench loadtest bench-smoke soak docs clean
+.PHONY: setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest bench-smoke soak docs clean
 
 setup: $(READY)
 
@@ -77,6 +77,11 @@ CASES := none$(subst $(empty) $(empty),,$(foreach q,$Q,$(comma)$q$(comma)earlier
 several-questions: setup
 	$(BIN)/eos-search evaluate --budgets 192,64,32 --images 120 --out $(SEVERAL) --profiles '$(CASES)'
 	for q in $Q; do $(BIN)/eos-search evaluate --table $(SEVERAL) --against $$q | sed -n '/minus the others/,$$p'; done
+
+# Selectors and profiles at equal cost, accuracy and speed, and their page; goes on where it was stopped (an hour, quiet).
+equal-cost: setup
+	$(BIN)/python benchmarks/equal_cost.py --out results/equal-cost.json
+	$(BIN)/python benchmarks/equal_cost.py --table results/equal-cost.json --page docs/equal-cost.md
 
 # Searches a profile on the embedded model; what was stopped goes on with --resume.
 search: setup

@@ -222,7 +222,10 @@ from the raw result, which keeps every reply. Measured at commits: {commit}; on 
 What a name without `embedded-` stands for is that selector before the decoder and nothing else (`gamma` 0). **The
 embedded model's CLS token was never trained**: `topk cls_attention` (FasterVLM), `visionzip`, `window_topk`,
 `visprune`, `coverage` and `prumerge_plus` read noise there, and their rows say nothing of these methods on a CLIP
-tower. Nor did it ever see a smaller picture: `resize` has no chance here.
+tower. Nor did it ever see a smaller picture: `resize` has no chance here. `coverage` picks one patch a step, each over
+all pairs of patches, which takes longer than all of so small a model: `embedded-shared-image` and
+`embedded-two-stage`, which begin with it and keep more than their average, are slower than stock down to 64 tokens.
+Its share of larger models' time is in `results/selector-time-cpu.json`.
 
 """
 
