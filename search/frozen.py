@@ -50,6 +50,9 @@ def load_frozen(settings: SearchSettings, device: torch.device) -> Frozen:
         if isinstance(error, EosError):
             raise
         raise SettingError("model", settings.model, f"it cannot be found ({error})", _REMEDY) from None
+    if sizes.visual_tokens is None:
+        problem = f"a {sizes.architecture} takes images of any size, for which there is no search yet"
+        raise SettingError("model", settings.model, problem, "name a LLaVA-1.5")
     spec = ModelSpec(
         architecture=sizes.architecture,
         num_decoder_layers=sizes.num_decoder_layers,

@@ -78,7 +78,9 @@ def read_structure(values: ThetaValues, rules: Rules, budget: int | None = None)
     if profile is not None and budget is not None:
         profile = profile.model_copy(update={"budget": profile.budget.model_copy(update={"tokens": budget})})
     counts = () if profile is None else kept_counts(profile)
-    candidates, tokens = {}, rules.model.visual_tokens
+    candidates: dict[int, int] = {}
+    tokens = rules.model.visual_tokens
+    assert tokens is not None  # the search is for a fixed number
     for layer, row in enumerate(rows[:-1]):
         if layer in acting:
             tokens = counts[acting.index(layer)]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from eos_vllm.core.budget import image_size
 from eos_vllm.core.preselection import preselect, shrink_pixels
 from eos_vllm.core.profile import Profile
 from eos_vllm.core.selectors import LAST, QueriesAndKeys, Selector, TowerOutput
@@ -50,7 +51,7 @@ def entering_tokens(model: Any, pixels: torch.Tensor, profile: Profile, keep: in
     assert profile.before is not None
     assert profile.selector is not None
     selector = profile.selector
-    if isinstance(selector, Resize) and keep < profile.model.visual_tokens:
+    if isinstance(selector, Resize) and keep < image_size(profile):
         smaller = shrink_pixels(pixels, math.isqrt(keep), model.config.vision_config.patch_size)
         return list(tower_output(model, smaller, selector).projected)
     # One image at a time: the reference has no batches.

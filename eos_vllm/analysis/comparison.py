@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eos_vllm.analysis.cost import Geometry, PromptCost, flops_crossover, prompt_cost
-from eos_vllm.core.budget import cost, layer_average
+from eos_vllm.core.budget import RetainBudget, cost, layer_average
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 from eos_vllm.core.profile import SCHEMA, BudgetMeasure, Profile, check_fits, parse_profile
@@ -12,9 +12,12 @@ from eos_vllm.core.profile import SCHEMA, BudgetMeasure, Profile, check_fits, pa
 
 @dataclass(frozen=True)
 class CostComparison:
-    """A prompt under a plan against the same prompt without one; ``final`` and ``layer_average`` are per image."""
+    """A prompt under a plan against the same prompt without one; ``final`` and ``layer_average`` are per image.
 
-    budget: int
+    ``budget`` is tokens, or text such as ``11%``.
+    """
+
+    budget: int | str
     counts: tuple[int, ...]
     final: int
     layer_average: float
@@ -62,7 +65,7 @@ def compare(
     planner: Planner,
     text_tokens: int = 88,
     images: int = 1,
-    budget: int | None = None,
+    budget: RetainBudget | None = None,
     dtype: str = "float16",
     block_size: int = 16,
 ) -> CostComparison:
@@ -81,15 +84,15 @@ def compare(
         raise SettingError("text-tokens", text_tokens, "there is no negative text", "give 0 or more")
     if images < 1:
         raise SettingError("images", images, "without an image nothing is reduced", "give 1 or more")
-    visual, entering = profile.model.visual_tokens, planner.image_tokens(budget)
+    visual, entering = planner.visual_tokens, planner.image_tokens(budget)
     spans, whole = ([ImageSpan(i * n, n) for i in range(images)] for n in (entering, visual))
     counts = planner.counts(budget)
     unreduced = RequestPlan(images * visual + text_tokens, tuple(whole), ((visual,),) * images)
     return CostComparison(
-        budget=planner.budget if budget is None else budget,
+        budget=_plain(planner.budget if budget is None else budget),
         counts=counts,
-        final=int(cost(profile, counts, "final")),
-        layer_average=layer_average(profile, counts),
+        final=int(cost(profile, counts, "final", visual)),
+        layer_average=layer_average(profile, counts, visual),
         stock=prompt_cost(geometry, unreduced, (geometry.num_decoder_layers,), dtype, block_size),
         reduced=prompt_cost(
             geometry,
@@ -99,6 +102,10 @@ def compare(
             block_size,
         ),
     )
+
+
+def _plain(budget: RetainBudget) -> int | str:
+    return budget if isinstance(budget, int) else str(budget)
 
 
 def measured_by(profile: Profile, measure: BudgetMeasure, geometry: Geometry) -> Profile:

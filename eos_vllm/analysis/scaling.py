@@ -4,31 +4,41 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from eos_vllm.core.budget import kept_counts
+from eos_vllm.core.budget import RetainBudget, Share, kept_counts, own_budget
 from eos_vllm.core.errors import ProfileError
 from eos_vllm.core.profile import SCHEMA, Profile, WindowKind, parse_profile
 
 _DESCRIPTION_LIMIT = 4000
 
+# Visual tokens of an image, where any do to see whether a budget can be met.
+_ANY = 1024
 
-def rescale(profile: Profile, tokens: int) -> Profile:
+
+def rescale(profile: Profile, budget: RetainBudget) -> Profile:
     """The same layers and operators for another budget; the counts that follow are written down in ``schedules``.
 
     Args:
         profile: any profile.
-        tokens: retain budget per image, by the profile's own measure.
+        budget: retain budget per image, by the profile's own measure.
 
     Returns:
-        A profile whose own budget is ``tokens``. A schedule that was there for it stays as it is.
+        A profile with that budget of its own. A schedule that was there for it stays as it is; shares of images of any
+        size have none.
 
     Raises:
         BudgetError: as :func:`eos_vllm.core.budget.kept_counts`.
     """
-    counts = kept_counts(profile, tokens)
     data = profile.to_dict()
-    data["budget"]["tokens"] = tokens
-    data["schedules"][str(tokens)] = list(counts)
-    data["provenance"]["rescaled"] = {"name": profile.name, "budget": profile.budget.tokens}
+    rest = {"measure": profile.budget.measure, "minimum": profile.budget.minimum}
+    if isinstance(budget, Share):
+        data["schema"], data["budget"] = SCHEMA, {**rest, "share": budget.value}
+    else:
+        data["budget"] = {**rest, "tokens": budget}
+    if profile.model.visual_tokens is not None:
+        counts = kept_counts(profile, budget)
+        if isinstance(budget, int):
+            data["schedules"][str(budget)] = list(counts)
+    data["provenance"]["rescaled"] = {"name": profile.name, "budget": str(own_budget(profile))}
     return parse_profile(data, f"{profile.name} rescaled")
 
 
@@ -53,7 +63,9 @@ def scale_layers(layers: tuple[int, ...], depth: int, new_depth: int) -> tuple[i
     return tuple(scaled)
 
 
-def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int, name: str | None = None) -> Profile:
+def scale_to_model(
+    profile: Profile, num_decoder_layers: int, visual_tokens: int | None, name: str | None = None
+) -> Profile:
     """The profile for a model of another depth or another number of visual tokens.
 
     Layers keep their share of the depth (:func:`scale_layers`); budget, minimum and schedules keep their share of the
@@ -63,7 +75,7 @@ def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int
     Args:
         profile: any profile.
         num_decoder_layers: depth of the other model.
-        visual_tokens: its visual tokens per image.
+        visual_tokens: its visual tokens per image; None where both models take images of any size.
         name: name of the result; the profile's own with the depth appended where None.
 
     Raises:
@@ -73,7 +85,15 @@ def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int
     model = profile.model
     layers = scale_layers(profile.layers, model.num_decoder_layers, num_decoder_layers)
 
+    if (visual_tokens is None) != (model.visual_tokens is None):
+        problem = "tokens of an image of fixed size are no shares of images of any size"
+        raise ProfileError(
+            "visual-tokens", visual_tokens, problem, "scale to a model whose images are of the same kind"
+        )
+
     def tokens(count: int) -> int:
+        if visual_tokens is None or model.visual_tokens is None:
+            return count
         return count and max(1, math.floor(count * visual_tokens / model.visual_tokens + 0.5))
 
     origin = f"Scaled from {profile.name} ({model.num_decoder_layers} layers, {model.visual_tokens} visual tokens)"
@@ -88,7 +108,9 @@ def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int
         _refuse_debias(profile, debias, visual_tokens)
     for reducer, layer in zip(data["reducers"][-len(layers) :] if layers else (), layers, strict=True):
         reducer["layer"] = layer
-    data["budget"] |= {"tokens": tokens(profile.budget.tokens), "minimum": tokens(profile.budget.minimum)}
+    data["budget"]["minimum"] = tokens(profile.budget.minimum)
+    if profile.budget.tokens is not None:
+        data["budget"]["tokens"] = tokens(profile.budget.tokens)
     # Ascending, so that of budgets that fall together the largest wins, whatever the order in the file.
     data["schedules"] = {
         str(tokens(int(budget))): [tokens(count) for count in counts]
@@ -96,7 +118,7 @@ def scale_to_model(profile: Profile, num_decoder_layers: int, visual_tokens: int
     }
     data["provenance"] = {"scaled_from": profile.to_dict()["model"] | {"name": profile.name}}
     scaled = parse_profile(data, data["name"])
-    kept_counts(scaled)
+    kept_counts(scaled, total=visual_tokens or _ANY)
     return scaled
 
 

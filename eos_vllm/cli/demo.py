@@ -18,7 +18,7 @@ import eos_vllm
 from eos_vllm import profiles
 from eos_vllm.cli.server_process import Server, ServerError, log_tail, serve
 from eos_vllm.cluttervqa import KINDS, Question, Sample, is_right, make_sample
-from eos_vllm.core.budget import REQUEST_FIELD
+from eos_vllm.core.budget import REQUEST_FIELD, image_size, own_budget, tokens_of
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.plan import ImageSpan, Planner
 from eos_vllm.core.profile import Profile
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"eos-vllm demo: the server did not answer ({type(e).__name__}: {said})", file=sys.stderr)
             print(log_tail(log), file=sys.stderr)
             return 1
-        print_table(rows, profile.model.visual_tokens * profile.model.num_decoder_layers * token_bytes)
+        print_table(rows, image_size(profile) * profile.model.num_decoder_layers * token_bytes)
         for line in log.read_text(errors="replace").splitlines():
             if "eos: profile" in line:
                 print("\nThe server said: " + line[line.index("eos: profile") :])
@@ -125,8 +125,8 @@ def ask_all(server: Server, profile: Profile, token_bytes: int) -> list[Row]:
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-    planner, total = Planner(profile, block=32), profile.model.visual_tokens
-    budgets = {STOCK: total, "profile": None, "request": max(1, profile.budget.tokens // 4)}
+    planner, total = Planner(profile, block=32), image_size(profile)
+    budgets = {STOCK: total, "profile": None, "request": max(1, int(tokens_of(own_budget(profile), total)) // 4)}
     rows = []
     for sample, question in questions():
         image = {"type": "image_url", "image_url": {"url": to_data_url(sample.image)}}

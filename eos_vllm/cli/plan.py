@@ -14,6 +14,7 @@ from eos_vllm.core.errors import BudgetError, SettingError
 from eos_vllm.core.plan import Planner
 from eos_vllm.core.profile import BudgetMeasure, Profile
 from eos_vllm.models.geometry import ModelGeometry, geometry
+from eos_vllm.models.image_sizes import image_tokens, parse_image_size
 from eos_vllm.models.model_files import model_config
 from eos_vllm.models.shapes import SHAPES
 
@@ -38,7 +39,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--at", metavar="N", help="visual tokens by that measure, for --compare")
     parser.add_argument("--model", metavar="DIR|SHAPE", help=f"a directory, or {', '.join((*SHAPES, *PRESET_NAMES))}")
-    parser.add_argument("--retain", nargs="+", metavar="N", help="retain budgets (default: the profile's own)")
+    parser.add_argument(
+        "--retain", nargs="+", metavar="N|P%", help="retain budgets, tokens or shares (default: the profile's own)"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--image", metavar="WxH", help="size of an image in pixels, where the model takes any (--model DIR)"
+    )
+    size.add_argument(
+        "--visual-tokens", type=int, metavar="N", help="visual tokens of an image, where it has any number"
+    )
     parser.add_argument("--text-tokens", type=int, default=88, metavar="N", help="text of the prompt (default 88)")
     parser.add_argument("--images", type=int, default=1, metavar="N", help="images of the prompt (default 1)")
     parser.add_argument("--dtype", default="float16", choices=DTYPE_BYTES, help="of the KV cache (default float16)")
@@ -56,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
         return run_compare(args)
     profile = profiles.resolve(args.profile)
     model = find_geometry(profile, args.model)
-    planner = Planner(profile, block=1 if args.exact_counts else args.block_size)
-    budgets = [parse_budget(value, "retain") for value in args.retain or [profile.budget.tokens]]
+    visual_tokens = example(profile, args)
+    planner = Planner(profile, block=1 if args.exact_counts else args.block_size, example=visual_tokens)
+    budgets = [parse_budget(value, "retain") for value in args.retain or [str(planner.budget)]]
     plans = [
         compare(model, planner, args.text_tokens, args.images, budget, args.dtype, args.block_size)
         for budget in budgets
@@ -68,11 +79,12 @@ def run(args: argparse.Namespace) -> int:
             "images": args.images,
             "dtype": args.dtype,
             "block_size": args.block_size,
+            "visual_tokens": visual_tokens,
         }
         head = {"profile": profile.name, "measure": profile.budget.measure, "prompt": prompt}
         print(json.dumps(head | {"plans": [plan.to_dict() for plan in plans]}, indent=2))
         return 0
-    visual = args.images * profile.model.visual_tokens
+    visual = args.images * visual_tokens
     print(f"profile  {profile.name}, {where(profile)}")
     print(f"model    attention's FLOPs equal a layer's matrices at {flops_crossover(model)} tokens")
     print(f"prompt   {args.text_tokens} text + {visual} visual tokens ({args.images} image{'s' * (args.images > 1)})")
@@ -91,7 +103,8 @@ def run_compare(args: argparse.Namespace) -> int:
     for source in args.compare.split(","):
         profile = profiles.resolve(source.strip())
         model = find_geometry(profile, args.model)
-        planner = Planner(measured_by(profile, args.measure, model), at, 1 if args.exact_counts else args.block_size)
+        measured, block = measured_by(profile, args.measure, model), 1 if args.exact_counts else args.block_size
+        planner = Planner(measured, at, block, example=example(profile, args))
         try:
             plan = compare(model, planner, args.text_tokens, args.images, None, args.dtype, args.block_size)
         except BudgetError as error:
@@ -100,9 +113,14 @@ def run_compare(args: argparse.Namespace) -> int:
             costs = {k: v for k, v in plan.to_dict().items() if k not in ("stock", "reduced", "budget")}
             rows.append({"profile": profile.name, "where": where(profile), **costs})
     if args.json:
-        print(json.dumps({"measure": args.measure, "at": at, "profiles": rows}, indent=2))
+        print(
+            json.dumps(
+                {"measure": args.measure, "at": at if isinstance(at, int) else str(at), "profiles": rows}, indent=2
+            )
+        )
         return 0
-    print(f"at {at} visual tokens by {args.measure}, {args.text_tokens} text tokens, {args.images} image(s)")
+    tokens = f"{at} visual tokens" if isinstance(at, int) else f"{at} of the visual tokens"
+    print(f"at {tokens} by {args.measure}, {args.text_tokens} text tokens, {args.images} image(s)")
     print(f"{'layer avg':>9} {'KV':>6} {'FLOPs':>6} {'final':>5} {'fit':>6}  profile: counts")
     for row in rows:
         if "refused" in row:
@@ -115,6 +133,30 @@ def run_compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def example(profile: Profile, args: argparse.Namespace) -> int:
+    """Visual tokens of the image that is planned for.
+
+    Raises:
+        SettingError: the profile takes images of any size and none is named, or the other way round.
+    """
+    if (fixed := profile.model.visual_tokens) is not None:
+        if args.image is not None or args.visual_tokens not in (None, fixed):
+            field, value = ("image", args.image) if args.image is not None else ("visual-tokens", args.visual_tokens)
+            raise SettingError(field, value, f"each image has {fixed} visual tokens, whatever its size", "leave it out")
+        return fixed
+    if args.visual_tokens is not None:
+        if args.visual_tokens < 1:
+            raise SettingError("visual-tokens", args.visual_tokens, "an image has at least one", "give 1 or more")
+        return args.visual_tokens
+    if args.image is None:
+        problem = "the profile takes images of any size"
+        raise SettingError("image", None, problem, "give --image WxH with --model DIR, or --visual-tokens N")
+    if args.model is None:
+        problem = "how many tokens it has, the model's processor says"
+        raise SettingError("image", args.image, problem, "give --model DIR, or --visual-tokens N")
+    return image_tokens(args.model, *parse_image_size(args.image))
+
+
 def find_geometry(profile: Profile, model: str | None) -> ModelGeometry:
     """Sizes of the model that ``--model`` names, or of the known one that has the depth and tokens of the profile.
 
@@ -124,6 +166,9 @@ def find_geometry(profile: Profile, model: str | None) -> ModelGeometry:
     if model is not None:
         return _preset_geometry(model) if model in PRESET_NAMES else geometry(model)
     sizes = (profile.model.num_decoder_layers, profile.model.visual_tokens)
+    if sizes[1] is None:
+        problem = "no shape of a model that takes images of any size is known"
+        raise SettingError("model", None, problem, "give --model DIR")
     for name in (*SHAPES, *PRESET_NAMES):
         known = _preset_geometry(name) if name in PRESET_NAMES else geometry(name)
         if (known.num_decoder_layers, known.visual_tokens) == sizes:

@@ -8,11 +8,14 @@ from typing import Any
 
 from eos_vllm import profiles
 from eos_vllm.analysis.scaling import rescale, scale_to_model, upgrade
-from eos_vllm.core.budget import kept_counts, measures, parse_budget
+from eos_vllm.core.budget import kept_counts, measures, own_budget, parse_budget
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import Profile, Withdrawal, read_profile
 
 _SOURCE = "a profile file, or a name of `profile list`"
+
+# Visual tokens of an image for which counts are shown, where a profile takes images of any size.
+_SHOWN = 1000
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -65,7 +68,7 @@ def run_list(_args: argparse.Namespace) -> int:
     width = max(map(len, profiles.names()))
     for name in profiles.names():
         profile = profiles.load(name)
-        budget = f"{profile.budget.tokens} by {profile.budget.measure}"
+        budget = f"{own_budget(profile)} by {profile.budget.measure}"
         print(f"{name:<{width}}  {_model(profile)}; {where(profile)}; {budget}")
     return 0
 
@@ -73,8 +76,9 @@ def run_list(_args: argparse.Namespace) -> int:
 def run_show(args: argparse.Namespace) -> int:
     """Print one profile with the counts of a budget and what they come to by both measures; return 0."""
     profile = profiles.resolve(args.source)
-    budget = profile.budget.tokens if args.retain is None else parse_budget(args.retain, "retain")
-    counts = kept_counts(profile, budget)
+    budget = own_budget(profile) if args.retain is None else parse_budget(args.retain, "retain")
+    total = profile.model.visual_tokens or _SHOWN
+    counts = kept_counts(profile, budget, total)
     print(f"{profile.name}: {_model(profile)}")
     if profile.description:
         print(profile.description)
@@ -87,7 +91,9 @@ def run_show(args: argparse.Namespace) -> int:
         f"aggregate {operator.aggregate}"
     )
     source = "a published schedule" if str(budget) in profile.schedules else "the rescaling rule"
-    print(f"retain {budget} by {profile.budget.measure} ({source}): {measures(profile, counts)}")
+    print(f"retain {budget} by {profile.budget.measure} ({source}): {measures(profile, counts, total)}")
+    if profile.model.visual_tokens is None:
+        print(f"counts are of an image of {_SHOWN} visual tokens; those of others follow from their own number")
     if profile.schedules:
         print(f"schedules for {_join(sorted(map(int, profile.schedules)))}")
     return 0
@@ -99,12 +105,13 @@ def run_validate(args: argparse.Namespace) -> int:
     for file in args.files:
         try:
             profile = read_profile(file)
-            counts = kept_counts(profile)
+            total = profile.model.visual_tokens or _SHOWN
+            counts = kept_counts(profile, total=total)
         except EosError as error:
             print(f"eos-vllm: error: {error}", file=sys.stderr)
             code = 2
         else:
-            print(f"{file}: valid, {profile.name} keeps {_join(counts)}, {measures(profile, counts)}")
+            print(f"{file}: valid, {profile.name} keeps {_join(counts)} of {total}, {measures(profile, counts, total)}")
     return code
 
 
@@ -182,7 +189,8 @@ def _reducer(profile: Profile, reducer: Any, count: int) -> str:
 
 def _model(profile: Profile) -> str:
     model = profile.model
-    return f"{model.architecture}, {model.num_decoder_layers} layers, {model.visual_tokens} visual tokens"
+    images = "images of any size" if model.visual_tokens is None else f"{model.visual_tokens} visual tokens"
+    return f"{model.architecture}, {model.num_decoder_layers} layers, {images}"
 
 
 def _join(values: Any) -> str:
@@ -199,5 +207,6 @@ def _write(profile: Profile, out: Path) -> None:
     except OSError as error:
         problem = f"it cannot be written ({error.strerror})"
         raise SettingError("out", str(out), problem, "name a file in a directory that can be written to") from None
-    counts = kept_counts(profile)
-    print(f"wrote {out}: {profile.name} keeps {_join(counts)}, {measures(profile, counts)}")
+    total = profile.model.visual_tokens or _SHOWN
+    counts = kept_counts(profile, total=total)
+    print(f"wrote {out}: {profile.name} keeps {_join(counts)} of {total}, {measures(profile, counts, total)}")

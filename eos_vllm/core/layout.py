@@ -42,6 +42,7 @@ class ImageGroup:
         query_rows: rows of the query tokens ``[B, T]``.
         visible: leading keys of the own request that each query may see ``[B, T]``.
         keeps_last: 1 where the last visual token must stay because the prompt ends in it ``[B]``; None if nowhere.
+        text: how many of each image's tokens are text, which stays; which ones, :attr:`BatchLayout.image_text` says.
     """
 
     total: int
@@ -57,6 +58,7 @@ class ImageGroup:
     query_rows: torch.Tensor
     visible: torch.Tensor
     keeps_last: torch.Tensor | None
+    text: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class BatchLayout:
         num_images: images that the pass reduces.
         text_rows: rows of the text that asks about each image ``[images, T]``, padded with row 0.
         text_mask: which of them are real ``[images, T]`` bool.
-        visual_groups: for each length of image: indices among the images, and first rows.
+        visual_groups: for each number of visual tokens: indices among the images ``[B]``, and rows ``[B, N]``.
+        image_text: which rows are text within an image ``[tokens]`` bool; None where no image has any.
         segment_lengths: tokens of each request in each segment ``[segments][requests]``.
     """
 
@@ -96,8 +99,9 @@ class BatchLayout:
     num_images: int
     text_rows: torch.Tensor
     text_mask: torch.Tensor
-    visual_groups: tuple[tuple[int, torch.Tensor, torch.Tensor], ...]
+    visual_groups: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     segment_lengths: np.ndarray
+    image_text: torch.Tensor | None = None
 
 
 _Slot = int
@@ -202,9 +206,10 @@ def build_layout(entries: Sequence[Entry], num_segments: int, rule: QueryRule, d
     text = upload.add(queries)
     mask = upload.add(np.arange(queries.shape[1]) < counts[:, None])
     by_length: dict[int, list[int]] = {}
-    for n, length in enumerate(table.kept[0].tolist()):
+    for n, length in enumerate((table.kept[0] - table.text).tolist()):
         by_length.setdefault(length, []).append(n)
-    visual = [(total, upload.add(ns), upload.add(table.firsts[0, ns])) for total, ns in by_length.items()]
+    visual = [(upload.add(ns), upload.add(table.visual_rows(total, ns))) for total, ns in by_length.items()]
+    image_text = upload.add(table.text_places(int(starts[0, -1]))) if table.text.any() else None
     ends = cached + lengths
     drafts = [_StepDraft(table, segment, cached, ends, starts, upload) for segment in range(num_segments - 1)]
     upload.send()
@@ -213,8 +218,9 @@ def build_layout(entries: Sequence[Entry], num_segments: int, rule: QueryRule, d
         num_images=len(images),
         text_rows=upload.view(text),
         text_mask=upload.view(mask).bool(),
-        visual_groups=tuple((total, upload.view(ns), upload.view(first)) for total, ns, first in visual),
+        visual_groups=tuple((upload.view(ns), upload.view(rows)) for ns, rows in visual),
         segment_lengths=lengths,
+        image_text=None if image_text is None else upload.view(image_text).bool(),
     )
 
 
@@ -244,7 +250,8 @@ class _Images:
         requests: their requests.
         starts: unreduced position of their first token.
         keeps_last: 1 where the prompt ends in it.
-        kept: visual tokens in each segment.
+        kept: tokens left of it in each segment.
+        text: how many of them are text.
         origins: row of the request's token 0 in each segment.
         firsts: row of the first visual token in each segment.
     """
@@ -257,6 +264,7 @@ class _Images:
             [image.plan.last_token_is_visual and image.index == len(image.plan.spans) - 1 for image in images], np.int64
         )
         self.kept = np.array([image.plan.kept[image.index] for image in images]).T
+        self.text = np.array([len(image.plan.spans[image.index].text) for image in images])
         self.origins = origins[:, self.requests]
         self.firsts = self.origins + self.starts - np.array([image.plan.lost[image.index] for image in images]).T
         # Queries that follow one another stand so in every segment, and only their first row differs.
@@ -268,6 +276,21 @@ class _Images:
             self._counts = stops - self._begins
             lost = np.array([i.plan.lost[n] for i, n in zip(images, before.tolist(), strict=True)]).T
             self._shift = self.origins - lost
+
+    def visual_rows(self, total: int, which: list[int]) -> np.ndarray:
+        """Rows of the visual tokens of images that have ``total`` of them ``[images, total]``, before any reducer."""
+        if not self.text[which].any():
+            return self.firsts[0, which, None] + np.arange(total)
+        spans = (self.images[n].plan.spans[self.images[n].index] for n in which)
+        places = [np.delete(np.arange(span.length), np.array(span.text, np.int64)) for span in spans]
+        return self.firsts[0, which, None] + np.array(places)
+
+    def text_places(self, tokens: int) -> np.ndarray:
+        """Which of ``tokens`` rows are text within an image, before any reducer ``[tokens]``."""
+        found = np.zeros(tokens, np.int64)
+        for n, image in enumerate(self.images):
+            found[self.firsts[0, n] + np.array(image.plan.spans[image.index].text, np.int64)] = 1
+        return found
 
     def queries(self, segment: int, which: "slice | np.ndarray" = ALL) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the queries of some images in a segment, 0 behind them ``[images, most]``; how many there are."""
@@ -295,24 +318,27 @@ class _StepDraft:
     ) -> None:
         after = segment + 1
         totals, keeps, firsts = images.kept[segment], images.kept[after], images.firsts[after]
-        self.tokens_in, self.tokens_kept = int(totals.sum()), int(keeps.sum())
+        text = int(images.text.sum())
+        self.tokens_in, self.tokens_kept = int(totals.sum()) - text, int(keeps.sum()) - text
         # Rows move up by what the images in front of them lost; where an image stood, the gap opens.
         moves = np.ones(int(starts[after, -1]) + 1, np.int64)
         moves[0] = 0
         np.add.at(moves, firsts + keeps, totals - keeps)
         self.source = upload.add(moves.cumsum()[:-1])
-        by_counts: dict[tuple[int, int], list[int]] = {}
-        for n, counts in enumerate(zip(totals.tolist(), keeps.tolist(), strict=True)):
+        by_counts: dict[tuple[int, int, int], list[int]] = {}
+        for n, counts in enumerate(zip(totals.tolist(), keeps.tolist(), images.text.tolist(), strict=True)):
             if counts[1] < counts[0]:
                 by_counts.setdefault(counts, []).append(n)
-        scored = (members for (_, keep), members in by_counts.items() if keep)  # a withdrawal reads no keys
+        scored = (
+            members for (_, keep, text), members in by_counts.items() if keep > text
+        )  # a withdrawal reads no keys
         reduced = sorted({int(images.requests[n]) for members in scored for n in members})
         self.cached = tuple((r, int(cached[segment, r])) for r in reduced if cached[segment, r])
         places, behind = {}, int(starts[segment, -1])
         for r, count in self.cached:
             places[r], behind = behind, behind + count
-        self.groups: list[tuple[int, int, int, list[_Slot | None]]] = []
-        for (total, keep), numbers in by_counts.items():
+        self.groups: list[tuple[int, int, int, int, list[_Slot | None]]] = []
+        for (total, keep, text), numbers in by_counts.items():
             members = ALL if len(numbers) == len(totals) else np.array(numbers)
             requests, origin = images.requests[members], images.origins[segment, members]
             rows, queries = images.queries(segment, members)
@@ -323,6 +349,7 @@ class _StepDraft:
                 (
                     total,
                     keep,
+                    text,
                     int(ends[segment, requests].max()),
                     [
                         upload.add(numbers),
@@ -342,14 +369,14 @@ class _StepDraft:
     def finish(self, upload: _Upload) -> ReducerStep:
         """The step, once the arrays are on the device."""
         groups = []
-        for total, keep, longest, slots in self.groups:
+        for total, keep, text, longest, slots in self.groups:
             members, start, row, cached, place, visual, kept, queries, visible, last = (
                 None if slot is None else upload.view(slot) for slot in slots
             )
             groups.append(
                 ImageGroup(
                     *(total, keep, longest, members, start, row, cached, place, visual),  # type: ignore[arg-type]
-                    *(kept, queries, visible, last),  # type: ignore[arg-type]
+                    *(kept, queries, visible, last, text),  # type: ignore[arg-type]
                 )
             )
         return ReducerStep(upload.view(self.source), tuple(groups), self.cached, self.tokens_in, self.tokens_kept)

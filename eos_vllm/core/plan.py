@@ -10,23 +10,37 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from eos_vllm.core.budget import kept_counts
+import numpy as np
+
+from eos_vllm.core.budget import RetainBudget, Share, kept_counts, kept_of_selected, own_budget, tokens_of
 from eos_vllm.core.profile import Profile, Withdrawal
 from eos_vllm.core.windows import IMAGE_QUERIES, WindowRule
 
 _REMEMBERED = 4096
+# Visual tokens of a row in a trial's image.
+_TRIAL_ROW = 24
 
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """Where the visual tokens of one image stand in the unreduced prompt: ``[start, start + length)``."""
+    """Where one image stands in the unreduced prompt: ``[start, start + length)``.
+
+    ``text`` holds those of its places, counted from its start and ascending, that are no visual tokens, such as the
+    ends of rows in LLaVA-NeXT. They are neither scored nor dropped, and ask nothing.
+    """
 
     start: int
     length: int
+    text: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
         return self.start + self.length
+
+    @property
+    def visual(self) -> int:
+        """Its visual tokens, N."""
+        return self.length - len(self.text)
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ class RequestPlan:
     Attributes:
         prompt_length: tokens of the unreduced prompt, visual ones included.
         spans: the images, ascending and disjoint.
-        kept: for each image the visual tokens left in each segment; ``kept[i][0]`` is the image's own length.
+        kept: for each image the tokens left of it in each segment, its text included; ``kept[i][0]`` is its own length.
         windows: for each image the position behind the last token that may score it, ascending; the prompt's end where
             left out.
         image_queries: this many of an image's own last tokens score it, and no text; 0 where text does.
@@ -89,8 +103,11 @@ class RequestPlan:
 
     @property
     def last_token_is_visual(self) -> bool:
-        """Whether the prompt ends in an image, whose last token is then kept for the sampler."""
-        return bool(self.spans) and self.images_end == self.prompt_length
+        """Whether the prompt ends in a visual token, which is then kept for the sampler."""
+        if not self.spans or self.images_end < self.prompt_length:
+            return False
+        last = self.spans[-1]
+        return not last.text or last.text[-1] < last.length - 1
 
     def segment_length(self, segment: int, num_tokens: int) -> int:
         """Tokens that segment ``segment`` caches when the first ``num_tokens`` tokens of the request are in.
@@ -207,7 +224,15 @@ def rounded_count(total: int, keep: int, block: int) -> int:
 class Planner:
     """Plans requests for one profile; remembers the counts of each budget, for schedulers ask often."""
 
-    def __init__(self, profile: Profile, budget: int | None = None, block: int = 1, marker: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        budget: RetainBudget | None = None,
+        block: int = 1,
+        marker: Sequence[int] = (),
+        example: int | None = None,
+        image_token: int | None = None,
+    ) -> None:
         """Plans by ``profile``.
 
         Args:
@@ -215,70 +240,124 @@ class Planner:
             budget: replaces the profile's own where a request names none (``--eos-retain``).
             block: tokens per KV block, to which removed tokens are rounded; 1 takes counts as they are.
             marker: tokens of the chat template's generation prompt (:class:`~eos_vllm.core.windows.WindowRule`).
+            example: visual tokens of an image that stands for all where the profile takes images of any size; reports
+                and trial requests are about it.
+            image_token: what stands for a visual token in a prompt, where other tokens within an image are text; None
+                where all of an image is visual.
         """
         self.profile = profile
-        self.budget = profile.budget.tokens if budget is None else budget
+        self.budget = own_budget(profile) if budget is None else budget
+        self.example = profile.model.visual_tokens or example
+        self.image_token = image_token
         self.block = block
         self.rule = WindowRule(profile.window, tuple(marker))
         self.withdraws = isinstance(profile.reducers[-1], Withdrawal)
-        self._counts: dict[tuple[int, int], tuple[int, ...]] = {}
-        self._by_profile: dict[int, tuple[int, ...]] = {}
+        self._counts: dict[tuple[RetainBudget, int], tuple[int, ...]] = {}
+        self._by_profile: dict[tuple[RetainBudget, int], tuple[int, ...]] = {}
 
-    def counts(self, budget: int | None = None, total: int | None = None) -> tuple[int, ...]:
+    @property
+    def visual_tokens(self) -> int:
+        """Of an image as the profile thinks of it, or of the example.
+
+        Raises:
+            ValueError: images of any size, and no example.
+        """
+        if self.example is None:
+            raise ValueError(f"profile {self.profile.name!r} is for images of any size: name one")
+        return self.example
+
+    def counts(self, budget: RetainBudget | None = None, total: int | None = None) -> tuple[int, ...]:
         """Visual tokens of one image left after each reducer, rounded to blocks.
 
         Args:
             budget: as the request names it.
-            total: visual tokens of the image; the profile's where None.
+            total: visual tokens of the image; the profile's or the example's where None.
 
         Raises:
             BudgetError: as :func:`eos_vllm.core.budget.kept_counts`.
         """
-        total = self.profile.model.visual_tokens if total is None else total
+        total = self.visual_tokens if total is None else total
         if self.profile.before is None:
             return self._inside(budget, total)
         length = self.image_tokens(budget, total)
         return (length, *self._inside(budget, length))
 
-    def image_tokens(self, budget: int | None = None, total: int | None = None) -> int:
+    def image_tokens(self, budget: RetainBudget | None = None, total: int | None = None) -> int:
         """Tokens that one image has in the prompt: all, or what the reducer before the decoder leaves.
 
         Where reducers follow, that is whole KV blocks, so that they can remove whole blocks, and withdraw all of them.
         """
-        total = self.profile.model.visual_tokens if total is None else total
+        total = self.visual_tokens if total is None else total
         if (selector := self.profile.selector) is None:
             return total
-        keep = min(self._wanted(budget)[0], total)
+        keep = min(self._wanted(budget, total)[0], total)
         if self.profile.inside and keep < total:
             keep = min(max(int(keep / self.block + 0.5), 1) * self.block, total)
         return selector.count(keep, total)
 
-    def _wanted(self, budget: int | None) -> tuple[int, ...]:
-        """Counts after each reducer as the profile says, of images as long as it thinks."""
-        budget = self.budget if budget is None else budget
-        if (wanted := self._by_profile.get(budget)) is None:
+    def _wanted(self, budget: RetainBudget | None, total: int) -> tuple[int, ...]:
+        """Counts after each reducer as the profile says, of images as long as it thinks, if it thinks of one length."""
+        size = self.profile.model.visual_tokens or total
+        key = self.budget if budget is None else budget, size
+        if (wanted := self._by_profile.get(key)) is None:
             if len(self._by_profile) >= _REMEMBERED:
                 self._by_profile.clear()
-            wanted = kept_counts(self.profile, budget)
-            if budget >= self.profile.model.visual_tokens and str(budget) not in self.profile.schedules:
-                wanted = (budget,) * len(wanted)  # no reduction, of images that are longer than the profile's either
-            self._by_profile[budget] = wanted
+            wanted = kept_counts(self.profile, *key)
+            if tokens_of(*key) >= size and str(key[0]) not in self.profile.schedules:
+                # No reduction, of images that are longer than the profile's either.
+                most = size if isinstance(key[0], Share) else key[0]
+                wanted = (most,) * len(wanted)
+            self._by_profile[key] = wanted
         return wanted
 
-    def _inside(self, budget: int | None, length: int) -> tuple[int, ...]:
+    def _inside(self, budget: RetainBudget | None, length: int) -> tuple[int, ...]:
         """Tokens left after each reducer within the decoder of an image of ``length`` tokens in the prompt."""
         key = self.budget if budget is None else budget, length
         if (counts := self._counts.get(key)) is None:
             if len(self._counts) >= _REMEMBERED:
                 self._counts.clear()
-            wanted = self._wanted(budget)[len(self.profile.reducers) - len(self.profile.inside) :]
-            if self.profile.importance.debias is not None and length != self.profile.model.visual_tokens:
-                wanted = (length,) * len(wanted)  # what its places receive was never measured
+            wanted = self._unrounded(budget, length)
             counts = tuple(rounded_count(length, min(count, length), self.block) for count in wanted)
             self._counts[key] = counts
         return counts
 
-    def plan(self, prompt: Sequence[int] | int, spans: Sequence[ImageSpan], budget: int | None = None) -> RequestPlan:
+    def _unrounded(self, budget: RetainBudget | None, length: int) -> tuple[int, ...]:
+        if not self.profile.inside:
+            return ()
+        if self.profile.before is None:
+            wanted = self._wanted(budget, length)
+        elif self.profile.model.visual_tokens is None:
+            wanted = kept_of_selected(self.profile, self.budget if budget is None else budget, length)
+        else:
+            wanted = self._wanted(budget, length)[1:]
+        if self.profile.importance.debias is not None and length != self.profile.model.visual_tokens:
+            return (length,) * len(wanted)  # what its places receive was never measured
+        return wanted
+
+    def _kept(self, budget: RetainBudget | None, span: ImageSpan) -> tuple[int, ...]:
+        """Tokens left of an image after each reducer within the decoder; its text stays, and whole blocks go."""
+        if not span.text:
+            return self._inside(budget, span.length)
+        text, counts = len(span.text), self._unrounded(budget, span.visual)
+        return tuple(rounded_count(span.length, min(count, span.visual) + text, self.block) for count in counts)
+
+    def _with_text(self, prompt: Sequence[int], span: ImageSpan) -> ImageSpan:
+        """The span, with those of its places that are text."""
+        tokens = np.asarray(prompt[span.start : span.end])
+        return ImageSpan(span.start, span.length, tuple(np.flatnonzero(tokens != self.image_token).tolist()))
+
+    def trial_prompt(self, tokens: int, span: ImageSpan) -> list[int]:
+        """A prompt of ``tokens`` tokens with one image, for trials before the first request."""
+        prompt = [0] * tokens
+        if self.image_token is not None:
+            prompt[span.start : span.end] = [self.image_token] * (min(span.end, tokens) - span.start)
+            for place in range(span.start + _TRIAL_ROW, min(span.end, tokens), _TRIAL_ROW + 1):
+                prompt[place] = 0  # the end of a row
+        return prompt
+
+    def plan(
+        self, prompt: Sequence[int] | int, spans: Sequence[ImageSpan], budget: RetainBudget | None = None
+    ) -> RequestPlan:
         """Plans one request.
 
         Args:
@@ -304,7 +383,9 @@ class Planner:
         overlap = any(a.end > b.start for a, b in itertools.pairwise(ordered))
         if overlap or ordered[0].start < 0 or ordered[-1].end > len(prompt):
             raise ValueError(f"image spans {ordered} overlap or leave the prompt of {len(prompt)} tokens")
-        kept = tuple((span.length, *self._inside(budget, span.length)) for span in ordered)
+        if self.image_token is not None:
+            ordered = tuple(self._with_text(prompt, span) for span in ordered)
+        kept = tuple((span.length, *self._kept(budget, span)) for span in ordered)
         if ordered[-1].end == len(prompt) and kept[-1][-1] == 0:
             # The sampler reads the last token, so it cannot be withdrawn.
             kept = (*kept[:-1], (*kept[-1][:-1], rounded_count(ordered[-1].length, 1, self.block)))

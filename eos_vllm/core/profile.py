@@ -44,13 +44,14 @@ class _Part(BaseModel):
 class ModelSpec(_Part):
     """The model that the profile was made for.
 
+    ``visual_tokens``: of an image; null for images of any size, whose counts follow from each one's own number.
     ``flops_crossover``: number of tokens at which attention's square costs as many FLOPs as a layer's matrices (24704
     in LLaVA-1.5-7B); needed where a budget is measured by ``flops``.
     """
 
     architecture: str = Field(min_length=1, max_length=200)
     num_decoder_layers: int = Field(ge=2, le=1024)
-    visual_tokens: int = Field(ge=1, le=65536)
+    visual_tokens: int | None = Field(ge=1, le=65536)
     flops_crossover: int | None = Field(default=None, ge=1)
 
 
@@ -135,7 +136,8 @@ AnyReducer = Annotated[
 
 
 class Budget(_Part):
-    """Retain budget per image: ``tokens`` by ``measure``; no reducer keeps fewer than ``minimum`` (Kmin of Eq. 11).
+    """Retain budget per image by ``measure``: ``tokens``, or a ``share`` of the image's own. No reducer keeps fewer
+    than ``minimum`` (Kmin of Eq. 11).
 
     By ``final`` it is what is left behind the last reducer (of those that withdraw nothing). By the others it is a
     cost: that of carrying so many visual tokens through every layer, in cached tokens (``layer_average``, and
@@ -143,8 +145,15 @@ class Budget(_Part):
     """
 
     measure: BudgetMeasure = "final"
-    tokens: int = Field(ge=1)
+    tokens: int | None = Field(default=None, ge=1)
+    share: float | None = Field(default=None, gt=0, le=1)
     minimum: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.tokens is None) == (self.share is None):
+            raise ValueError("give either tokens or share")
+        return self
 
 
 class Profile(_Part):
@@ -176,7 +185,6 @@ class Profile(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         layers, depth = [r.layer for r in self.reducers], self.model.num_decoder_layers
-        visual = self.model.visual_tokens
         if self.schema_ != SCHEMA:
             self._check_schema_1()
         if self.importance.window and self.importance.queries == "image":
@@ -190,11 +198,29 @@ class Profile(_Part):
             raise ValueError(
                 "budget.measure=flops needs model.flops_crossover (24704 for LLaVA-1.5-7B; `eos-vllm plan` prints it)"
             )
+        if (visual := self.model.visual_tokens) is None:
+            self._check_any_size()
+            return self
         if self.budget.minimum > visual:
             raise ValueError(f"budget.minimum={self.budget.minimum} exceeds model.visual_tokens={visual}")
         for key, counts in self.schedules.items():
             _check_schedule(key, counts, self.reducers, visual)
         return self
+
+    def _check_any_size(self) -> None:
+        """What goes together with images of any size."""
+        if self.schedules:
+            raise ValueError("schedules: counts need model.visual_tokens; gate and discard give shares of any image")
+        if self.importance.debias is not None:
+            raise ValueError("importance.debias: its places need model.visual_tokens; leave it out")
+        if self.before is None:
+            return
+        if not self.inside:
+            return
+        if self.budget.share is None:
+            raise ValueError("budget.tokens: reducers behind layer -1, of images of any size, need budget.share")
+        if self.budget.measure == "flops":
+            raise ValueError("budget.measure=flops: behind layer -1 an image's size is not known; use layer_average")
 
     def _check_schema_1(self) -> None:
         new = {
@@ -208,6 +234,8 @@ class Profile(_Part):
             "withdraw": isinstance(self.reducers[-1], Withdrawal),
             f"budget.measure={self.budget.measure}": self.budget.measure not in ("final", "layer_average"),
             "model.flops_crossover": self.model.flops_crossover is not None,
+            "model.visual_tokens=null": self.model.visual_tokens is None,
+            "budget.share": self.budget.share is not None,
         }
         if used := [name for name, is_used in new.items() if is_used]:
             raise ValueError(f"{', '.join(used)}: needs schema {SCHEMA} (`eos-vllm profile upgrade`)")
@@ -219,7 +247,7 @@ class Profile(_Part):
         if debias is not None:
             if self.before is not None:
                 raise ValueError("importance.debias: behind layer -1 tokens are no places of the image; leave it out")
-            if len(debias) != self.model.visual_tokens or min(debias) <= 0:
+            if self.model.visual_tokens not in (None, len(debias)) or min(debias, default=0) <= 0:
                 raise ValueError(f"importance.debias needs {self.model.visual_tokens} numbers above 0")
 
     @property
@@ -281,7 +309,12 @@ class Profile(_Part):
         if self.schema_ != SCHEMA:
             for part, name in (("importance", "reduce"), ("operator", "aggregate")):
                 del data[part][name]
-        for part, name in (("importance", "debias"), ("model", "flops_crossover")):
+        for part, name in (
+            ("importance", "debias"),
+            ("model", "flops_crossover"),
+            ("budget", "tokens"),
+            ("budget", "share"),
+        ):
             if data[part][name] is None:
                 del data[part][name]
         for reducer in data["reducers"]:
@@ -377,7 +410,7 @@ def check_fits(profile: Profile, geometry: Any) -> None:
 
     Args:
         profile: any profile.
-        geometry: what has the three attributes of :class:`ModelSpec`.
+        geometry: what has the three attributes of :class:`ModelSpec`; ``visual_tokens`` None where images vary.
 
     Raises:
         ProfileError: architecture, depth or visual tokens differ.
@@ -386,4 +419,5 @@ def check_fits(profile: Profile, geometry: Any) -> None:
         want, have = getattr(profile.model, name), getattr(geometry, name)
         if want != have:
             remedy = "give the model that it was made for, or adapt it with `eos-vllm profile scale`"
+            have = "images of any size (null)" if have is None else have
             raise ProfileError(f"profile.model.{name}", want, f"the model has {have}", remedy)

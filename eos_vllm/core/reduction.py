@@ -35,8 +35,8 @@ def image_query_weights(rule: QueryRule, embeddings: torch.Tensor, layout: Batch
         nothing = embeddings.new_empty((*layout.text_mask.shape, 0))
         return query_weights(rule, nothing, nothing, layout.text_mask)
     weights = torch.zeros(layout.text_mask.shape, device=embeddings.device)
-    for length, images, first in layout.visual_groups:
-        visual = embeddings[first.unsqueeze(1) + torch.arange(length, device=embeddings.device)]
+    for images, rows in layout.visual_groups:
+        visual = embeddings[rows]
         text = embeddings[layout.text_rows[images]]
         weights[images] = query_weights(rule, visual, text, layout.text_mask[images])
     return weights
@@ -53,6 +53,7 @@ def reduce_tokens(
     options: ScoreOptions = MEAN,
     positions: torch.Tensor | None = None,
     replace: ScoreReduce | None = None,
+    image_text: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Applies one reducer to the output of its decoder layer.
 
@@ -67,6 +68,7 @@ def reduce_tokens(
         options: how attention becomes a score.
         positions: unreduced positions of the tokens ``[tokens]``, where ``options.debias`` needs them.
         replace: gives the scores to use, from those of a group of images ``[B, N]``; for baselines.
+        image_text: which tokens are text within an image ``[tokens]`` bool (:attr:`BatchLayout.image_text`).
 
     Returns:
         Tokens that go on ``[fewer tokens, d]`` in the same order, and the row that each came from ``[fewer tokens]``.
@@ -74,27 +76,44 @@ def reduce_tokens(
     source = step.source.clone()
     anchors = []
     for group in step.groups:
-        if group.keep == 0:  # withdrawn: nothing to choose
+        first, places = group.first_visual.unsqueeze(1), torch.arange(group.total, device=hidden.device)
+        target = group.first_kept.unsqueeze(1) + places[: group.keep]
+        visual = stays = None
+        if group.text:
+            assert image_text is not None
+            # False sorts first, and order is kept: visual tokens in front, then the text.
+            order = image_text[first + places].sort(dim=-1, stable=True).indices
+            visual, stays = order[:, : -group.text], order[:, -group.text :]
+        if group.keep == group.text:  # withdrawn: nothing to choose
+            if stays is not None:
+                source[target] = first + stays
             continue
         scores = _group_scores(query, key, group, weights, scale, options)
         if options.debias is not None:
             assert positions is not None
-            rows = group.first_visual.unsqueeze(1) + torch.arange(group.total, device=hidden.device)
-            scores = scores / options.debias[positions[rows] - group.start.unsqueeze(1)]
+            scores = scores / options.debias[positions[first + places] - group.start.unsqueeze(1)]
+        if visual is not None:
+            scores = scores.gather(1, visual)
         if replace is not None:
             scores = replace(scores)
         selectable = scores
         if group.keeps_last is not None:
             selectable = scores.clone()
             selectable[:, -1].masked_fill_(group.keeps_last.bool(), torch.inf)
-        kept = top_k(selectable, group.keep)
-        first = group.first_visual.unsqueeze(1)
-        target = group.first_kept.unsqueeze(1) + torch.arange(group.keep, device=hidden.device)
-        source[target] = first + kept
+        chosen = top_k(selectable, group.keep - group.text)
+        kept = chosen if visual is None else visual.gather(1, chosen)
+        anchored = target
+        if stays is not None:
+            together = torch.cat([kept, stays], dim=1).sort(dim=1).values
+            source[target] = first + together
+            anchored = group.first_kept.unsqueeze(1) + torch.searchsorted(together, kept)
+        else:
+            source[target] = first + kept
         if not params.is_identity:
-            gone = complement(kept, group.total)
-            tokens = unified_operator(hidden[first + kept], hidden[first + gone], scores.gather(1, gone), params)
-            anchors.append((target, tokens))
+            gone = complement(chosen, scores.shape[1])
+            dropped = gone if visual is None else visual.gather(1, gone)
+            tokens = unified_operator(hidden[first + kept], hidden[first + dropped], scores.gather(1, gone), params)
+            anchors.append((anchored, tokens))
     out = hidden.index_select(0, source)
     for target, tokens in anchors:
         out[target] = tokens

@@ -1,4 +1,4 @@
-"""What of a LLaVA's sizes matters for planning a reduction: layers, heads and visual tokens, read from any config.
+"""What of a model's sizes matters for planning a reduction: layers, heads and visual tokens, read from any config.
 
 Pure Python: neither torch nor transformers nor vLLM is imported, so that `eos-vllm plan` answers at once.
 """
@@ -33,6 +33,32 @@ _TEXT_DEFAULTS: dict[str, dict[str, int]] = {
         "max_position_embeddings": 131072,
     },
 }
+_TEXT_DEFAULTS["qwen2"] = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+_TEXT_DEFAULTS["qwen2_5_vl_text"] = _TEXT_DEFAULTS["qwen2"] | {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+_TEXT_DEFAULTS["qwen3_vl_text"] = _TEXT_DEFAULTS["qwen2"] | {"head_dim": 128, "max_position_embeddings": 128000}
+# Kind of model: its architecture, the kind of its language model where the config leaves it out, its image token.
+_FAMILIES: dict[str, tuple[str, str, int]] = {
+    "llava": ("LlavaForConditionalGeneration", "llama", 32000),
+    "llava_next": ("LlavaNextForConditionalGeneration", "llama", 32000),
+    "llava_onevision": ("LlavaOnevisionForConditionalGeneration", "qwen2", 151646),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text", 151655),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen3_vl_text", 151655),
+}
 # The tower of a config without `vision_config` is LLaVA-1.5's, one that names no sizes has its own class's defaults.
 _LLAVA_VISION: dict[str, Any] = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}
 _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -44,7 +70,7 @@ _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """Sizes of a LLaVA's language model, and the visual tokens that one image becomes.
+    """Sizes of a language model, and the visual tokens that one image becomes; None where images of any size do.
 
     `architecture` and `num_decoder_layers` are what a profile names; `max_position_embeddings` is the longest prompt
     plus answer in tokens; `image_token_id` stands for each visual token in a prompt.
@@ -59,7 +85,7 @@ class ModelGeometry:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
-    visual_tokens: int
+    visual_tokens: int | None
     image_token_id: int
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
@@ -68,22 +94,24 @@ class ModelGeometry:
 
 
 def geometry(config: Any) -> ModelGeometry:
-    """Return the geometry of a LLaVA.
+    """Return the geometry of a model of one of the families that can be served with a profile.
 
     `config` is one of: a model directory or a `config.json` (str or Path), the name of a shape in `SHAPES`, a dict in
     the form of `config.json`, or a configuration object of transformers (anything with `to_dict`).
 
-    Raises EosError if there is no such path or shape, the config isn't a LLaVA's, lacks a size, or has no fixed number
-    of visual tokens.
+    Raises EosError if there is no such path or shape, the config is of another family, lacks a size, or is a
+    LLaVA-1.5's without a fixed number of visual tokens.
     """
     document = _read(config)
-    if document.get("model_type") != "llava":
-        raise EosError(
-            "model_type", document.get("model_type"), "is not supported", "name a LLaVA (model_type 'llava')"
-        )
-    architectures = document.get("architectures") or ["LlavaForConditionalGeneration"]
+    if (family := document.get("model_type")) not in _FAMILIES:
+        raise EosError("model_type", family, "is not supported", f"name a model of {', '.join(_FAMILIES)}")
+    architecture, kind, image_token = _FAMILIES[family]
+    architectures = document.get("architectures") or [architecture]
+    # Qwen2.5-VL was published with its language model's sizes beside everything else.
     given = _section(document, "text_config")
-    kind = given.get("model_type", "llama")
+    kind = given.get("model_type", kind)
+    if not given and not family.startswith("llava"):
+        given = document
     text = _TEXT_DEFAULTS.get(kind, {}) | {key: value for key, value in given.items() if value is not None}
 
     def size(field: str) -> int:
@@ -101,8 +129,8 @@ def geometry(config: Any) -> ModelGeometry:
         head_dim=size("head_dim") if "head_dim" in text else hidden // heads,
         vocab_size=size("vocab_size"),
         max_position_embeddings=size("max_position_embeddings"),
-        visual_tokens=_visual_tokens(document),
-        image_token_id=document.get("image_token_index", document.get("image_token_id", 32000)),
+        visual_tokens=_visual_tokens(document) if family == "llava" else None,
+        image_token_id=document.get("image_token_index", document.get("image_token_id", image_token)),
     )
 
 

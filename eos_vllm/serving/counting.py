@@ -9,6 +9,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 
 from eos_vllm.core.plan import Planner
+from eos_vllm.serving.image_processor import TOTAL
 from eos_vllm.serving.metrics import Counters, pack_stats
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.report import short_report
@@ -21,18 +22,26 @@ def count_selected(counters: Counters, step: SchedulerOutput, planner: Planner, 
 
     ``counted`` holds the requests that are under way: one that comes back after a preemption may look new.
     """
-    total, images = planner.profile.model.visual_tokens, 0
+    images = 0
     counted -= step.finished_req_ids
     for request in step.scheduled_new_reqs:
         if request.req_id in counted:
             continue
         counted.add(request.req_id)
         for feature in request.mm_features:
-            place = feature.mm_position
+            place, total = feature.mm_position, size_of(planner, feature)
             if feature.modality == "image" and request.num_computed_tokens <= place.offset and place.length < total:
                 counters.count_tokens(0, total, place.length)
                 images += 1
     return images
+
+
+def size_of(planner: Planner, feature: Any) -> int:
+    """Visual tokens of an image before any reducer; where its data are elsewhere, those that it has in the prompt."""
+    if (total := planner.profile.model.visual_tokens) is not None:
+        return total
+    data = feature.data
+    return int(data[TOTAL].data) if data is not None and TOTAL in data else feature.mm_position.length
 
 
 class CountingSchedulerMixin(Scheduler):

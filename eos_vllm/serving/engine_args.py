@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.serving.hosts import host_of, model_classes
 from eos_vllm.serving.options import KEY, hand_to_processors, planner_of, resolve_options
 
-ARCHITECTURE = "LlavaForConditionalGeneration"
-MODEL_CLASS = "eos_vllm.serving.model:EosLlavaForConditionalGeneration"
 WORKER_EXTENSION = "eos_vllm.serving.worker.EosWorkerExtension"
 _SCHEDULERS = {
     False: "eos_vllm.serving.scheduler.EosScheduler",
@@ -25,10 +24,10 @@ _COUNTING_SCHEDULERS = {
     False: "eos_vllm.serving.counting.CountingScheduler",
     True: "eos_vllm.serving.counting.CountingAsyncScheduler",
 }
-_PROVEN_LANGUAGE_MODELS = ("llama",)
 _READ_CACHED_KEYS = ("enable_prefix_caching", "enable_chunked_prefill")
 # Where the number of tokens per step is left to us, it grows to the model's context, up to here.
 _LONGEST_STEP = 8192
+_TEXT_BESIDE = 64
 
 
 def _drafts_with_a_model(speculation: Any) -> bool:
@@ -81,8 +80,9 @@ def _with_flags(add_cli_args: Callable) -> Callable:
         group.add_argument(
             "--eos-retain",
             default=None,
-            metavar="TOKENS",
-            help="Retain budget per image, in visual tokens by the profile's measure; default: the profile's own. "
+            metavar="TOKENS|SHARE",
+            help="Retain budget per image by the profile's measure: visual tokens, or a share of the image's own such "
+            "as 11%%; default: the profile's own. "
             'A request may give its own as vllm_xargs: {"eos_retain": N}.',
         )
         group.add_argument(
@@ -145,10 +145,12 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
         raise SettingError("enable-tower-connector-lora", True, problem, "leave it out, or reduce in the decoder only")
     if not profile.inside:
         # Nothing happens within the decoder: all that vLLM can do stays as it is.
-        engine_args.model_class_overrides = {**engine_args.model_class_overrides, ARCHITECTURE: MODEL_CLASS}
+        engine_args.model_class_overrides = {**engine_args.model_class_overrides, **model_classes()}
         if not engine_args.worker_extension_cls:
             engine_args.worker_extension_cls = WORKER_EXTENSION
         config = create_engine_config(engine_args, *args, **kwargs)
+        check_model(profile, config.model_config)
+        _ask_model(engine_args, config)
         finish_before(config)
         return config
     batched = engine_args.max_num_batched_tokens
@@ -160,14 +162,51 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
         _turn_off(engine_args, asked, f"keys of a {config.cache_config.cache_dtype} KV cache are not those that score")
         engine_args.max_num_batched_tokens = batched
         config = create_engine_config(engine_args, *args, **kwargs)
+    check_model(profile, config.model_config)
     longest = min(config.model_config.max_model_len, _LONGEST_STEP)
     if batched is None and config.scheduler_config.max_num_batched_tokens < longest:
         # So that no image and window of a prompt that fits the model are too long for a step.
         engine_args.max_num_batched_tokens = longest
         config = create_engine_config(engine_args, *args, **kwargs)
     _set_marker(engine_args, config)
+    _ask_model(engine_args, config)
     finish(config)
     return config
+
+
+def _ask_model(engine_args: Any, config: Any) -> None:
+    """Puts into the configuration what the profile leaves to the model: the largest image, and text within images."""
+    options = engine_args.additional_config[KEY]
+    profile = parse_profile(options["profile"])
+    host, hf_config = host_of(config.model_config), config.model_config.hf_config
+    if profile.before is None:
+        options = {**options, "image_token": host.image_token(hf_config)}
+    if profile.model.visual_tokens is None and options["example"] is None:
+        options = {**options, "example": largest_image(config)}
+    engine_args.additional_config = {**engine_args.additional_config, KEY: options}
+    config.additional_config = engine_args.additional_config
+
+
+def largest_image(config: Any) -> int:
+    """Tokens of the largest image that fits a prompt beside a little text, and a step.
+
+    Raises:
+        SettingError: not even a small one does.
+    """
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    info = MULTIMODAL_REGISTRY.get_processing_info(config.model_config)
+    longest = config.model_config.max_model_len
+    most = info.get_mm_max_tokens_per_item(longest, {"image": 1}) or {}
+    if "image" in most:
+        largest = most["image"]
+    else:
+        size = info.get_image_size_with_most_features()
+        largest = info.get_num_image_tokens(image_width=size.width, image_height=size.height)
+    fits = min(longest, config.scheduler_config.max_num_batched_tokens) - _TEXT_BESIDE
+    if fits < 1:
+        raise SettingError("max-model-len", longest, "no image fits beside a little text", "give more")
+    return min(largest, fits)
 
 
 def _set_marker(engine_args: Any, config: Any) -> None:
@@ -209,7 +248,7 @@ def prepare(engine_args: Any) -> None:
     if engine_args.block_size is None:
         # Removed tokens are rounded to blocks, and these are the smallest that vLLM's kernels take.
         engine_args.block_size = _smallest_block()
-    engine_args.model_class_overrides = {**engine_args.model_class_overrides, ARCHITECTURE: MODEL_CLASS}
+    engine_args.model_class_overrides = {**engine_args.model_class_overrides, **model_classes()}
     engine_args.worker_extension_cls = WORKER_EXTENSION
 
 
@@ -247,12 +286,15 @@ def finish(vllm_config: Any) -> None:
 
     planner = planner_of(vllm_config)
     assert planner is not None
-    check_model(planner.profile, vllm_config.model_config)
     if (runner := vllm_config.model_config.runner_type) != "generate":
         raise SettingError("runner", runner, "pooling reads tokens that are gone", "serve the model to generate")
-    if planner.withdraws and planner.profile.model.visual_tokens % planner.block:
-        problem = f"a withdrawal removes whole blocks, and {planner.profile.model.visual_tokens} tokens are none"
+    if planner.withdraws and planner.block > 1 and (planner.profile.model.visual_tokens or 1) % planner.block:
+        of = planner.profile.model.visual_tokens or "any number of"
+        problem = f"a withdrawal removes whole blocks, and {of} tokens are none"
         raise SettingError("block-size", planner.block, problem, "leave it out, or give --eos-exact-counts")
+    if vllm_config.model_config.get_multimodal_config().get_video_pruning_spec() is not None:
+        problem = "it numbers positions anew behind the vision tower, which the plan does not know of"
+        raise SettingError("video-pruning-rate", "set", problem, "leave it out")
     if is_breakable_cudagraph_enabled():
         problem = "the graph of a whole step would replay the unreduced forward pass"
         raise SettingError("VLLM_USE_BREAKABLE_CUDAGRAPH", 1, problem, "unset it, and VLLM_BATCH_INVARIANT")
@@ -273,9 +315,6 @@ def finish(vllm_config: Any) -> None:
 
 def finish_before(vllm_config: Any) -> None:
     """As :func:`finish`, of a profile that reduces before the decoder alone."""
-    planner = planner_of(vllm_config)
-    assert planner is not None
-    check_model(planner.profile, vllm_config.model_config)
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is None:  # one that was asked for knows no counts, and can do all else
         scheduler.scheduler_cls = _COUNTING_SCHEDULERS[bool(scheduler.async_scheduling)]
@@ -310,43 +349,20 @@ def forget_model_classes() -> None:
 
 
 def check_model(profile: Profile, model_config: Any) -> None:
-    """Whether ``profile`` fits the model; errors as in :func:`finish`."""
+    """Whether ``profile`` fits the model, and whether reduction is proven for it.
+
+    Raises:
+        ProfileError: the profile was made for another model.
+        SettingError: the model is none that can be served with a profile.
+    """
     from eos_vllm.core.profile import check_fits
     from eos_vllm.models.geometry import geometry
 
-    architectures = list(model_config.architectures or [])
-    if ARCHITECTURE not in architectures:
-        remedy = f"serve a {ARCHITECTURE}, or leave out --eos-profile"
-        raise SettingError("model", model_config.model, f"its architecture is {architectures}", remedy)
-    config = model_config.hf_config
-    if (kind := config.text_config.model_type) not in _PROVEN_LANGUAGE_MODELS:
-        remedy = f"serve a LLaVA whose language model is one of {list(_PROVEN_LANGUAGE_MODELS)}"
-        raise SettingError("model.text_config.model_type", kind, "reduction is not proven for it", remedy)
-    if (kind := config.vision_config.model_type) == "pixtral":
-        raise SettingError("model.vision_config.model_type", kind, "images of varying length", "serve a CLIP LLaVA")
-    check_fits(profile, geometry(config))
-    if profile.selector is not None:
-        check_tower(profile, config)
-
-
-def check_tower(profile: Profile, config: Any) -> None:
-    """Whether the vision tower gives what the profile's selector reads; errors as in :func:`finish`."""
-    assert profile.selector is not None
-    rule, tower = profile.selector.rule, config.vision_config.model_type  # type: ignore[attr-defined]
-    if not isinstance(config.vision_feature_layer, int):
-        problem = f"{rule} reads one layer's features, the model has those of several"
-        raise SettingError("model.vision_feature_layer", config.vision_feature_layer, problem, "leave layer -1 out")
-    depth = config.vision_config.num_hidden_layers
-    built = config.vision_feature_layer + (depth + 1 if config.vision_feature_layer < 0 else 0)
-    if (deepest := max(profile.selector.reads_layers(), default=0)) >= built:
-        problem = f"{rule} reads tower layer {deepest}, and the model runs {built} of them"
-        raise SettingError("profile.reducers.0.select", rule, problem, f"name a layer below {built}")
-    if tower != "clip_vision_model":
-        needs = "a CLS token, which it lacks" if profile.selector.needs_cls else "a CLIP tower; no other is proven"
-        raise SettingError("model.vision_config.model_type", tower, f"{rule} needs {needs}", "serve a CLIP LLaVA")
-    if (strategy := config.vision_feature_select_strategy) != "default":
-        problem = "its CLS token is a visual token"
-        raise SettingError("model.vision_feature_select_strategy", strategy, problem, "leave layer -1 out")
+    host, config = host_of(model_config), model_config.hf_config
+    sizes = geometry(config)
+    check_fits(profile, sizes)
+    host.check_language_model(config)
+    host.check(profile, config)
 
 
 def _exit(error: EosError) -> NoReturn:

@@ -14,9 +14,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import online_renderer
 from vllm.sampling_params import SamplingParams
 
-from eos_vllm.core.budget import REQUEST_FIELD, parse_budget
+from eos_vllm.core.budget import REQUEST_FIELD
 from eos_vllm.core.plan import Planner
-from eos_vllm.serving.image_processor import KEEP, budget_for_rendering
+from eos_vllm.serving.image_processor import KEEP, TOTAL, budget_for_rendering
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.requests import budget_of
 
@@ -97,7 +97,7 @@ def pass_budget_on(planner: Planner, body: Any) -> None:
     extra = getattr(body, "vllm_xargs", None) or {}
     if planner.profile.before is None or REQUEST_FIELD not in extra or not hasattr(body, "mm_processor_kwargs"):
         return
-    body.mm_processor_kwargs = {**(body.mm_processor_kwargs or {}), REQUEST_FIELD: parse_budget(extra[REQUEST_FIELD])}
+    body.mm_processor_kwargs = {**(body.mm_processor_kwargs or {}), REQUEST_FIELD: extra[REQUEST_FIELD]}
     _PASSED_ON.set(True)
 
 
@@ -109,12 +109,19 @@ def check_image_tokens(planner: Planner, request: Any) -> None:
     """
     if planner.profile.before is None or request.sampling_params is None:
         return
-    want = planner.image_tokens(budget_of(request.sampling_params))
+    budget = budget_of(request.sampling_params)
     for feature in request.mm_features or ():
         if feature.modality != "image":
             continue
         # Features that a client made itself may lack the count, or have another than placeholders.
         data = feature.data
+        if data is None and planner.profile.model.visual_tokens is None:
+            continue  # rendered before, under a hash that holds its budget; how large it is, only the engine knows
+        if data is not None and TOTAL not in data:
+            total = None
+        else:
+            total = planner.visual_tokens if data is None else int(data[TOTAL].data)
+        want = planner.image_tokens(budget, total)
         marked = want if data is None else int(data[KEEP].data) if KEEP in data else None
         if feature.mm_position.length != want or marked != want:
             raise VLLMValidationError(

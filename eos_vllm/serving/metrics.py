@@ -44,7 +44,9 @@ class Counters:
     def count(self, plan: RequestPlan, images: range) -> None:
         """Adds those images of a request that a step reduces."""
         self.images += len(images)
-        for kept in plan.kept[images.start : images.stop]:
+        for number in images:
+            text = len(plan.spans[number].text)
+            kept = [tokens - text for tokens in plan.kept[number]]
             first = len(self.tokens_in) + 1 - len(kept)
             for i in range(len(kept) - 1):
                 self.tokens_in[first + i] += kept[i]

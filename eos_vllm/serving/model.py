@@ -1,10 +1,10 @@
-"""LLaVA with reducers: vLLM's own model, and an explicit pass over the layers where images are prefilled.
+"""The reducing pass: an explicit walk over a model's decoder layers where images are prefilled.
 
-Text-only batches and decode steps take vLLM's forward pass, compiled and replayed as ever; without a profile all do.
+What belongs to a family of models is in :mod:`eos_vllm.serving.hosts`, whose classes call this one.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +13,6 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.llava import (
-    LlavaDummyInputsBuilder,
-    LlavaForConditionalGeneration,
-    _build_llava_or_pixtral_hf_info,
-)
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from eos_vllm.core.importance import ScoreOptions
@@ -28,74 +22,11 @@ from eos_vllm.core.reduction import image_query_weights, reduce_tokens
 from eos_vllm.serving.attention import convert
 from eos_vllm.serving.batch import BatchState
 from eos_vllm.serving.cached_keys import read_keys
-from eos_vllm.serving.contract import check_contract
-from eos_vllm.serving.image_processor import build_processor
 from eos_vllm.serving.lora_rows import LoraRows
 from eos_vllm.serving.metrics import Counters, WorkerLog
-from eos_vllm.serving.options import planner_of
-from eos_vllm.serving.preselection import Preselection, mean_over_ranks
-from eos_vllm.serving.runner_v1 import hook_v1_runner
-from eos_vllm.serving.stages import EMBEDDINGS, ORIGIN, extend_intermediate_tensors, fill, pack
+from eos_vllm.serving.preselection import mean_over_ranks
+from eos_vllm.serving.stages import EMBEDDINGS, ORIGIN, pack
 from eos_vllm.serving.stretches import Stretch, compiles, stretches
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    build_processor, info=_build_llava_or_pixtral_hf_info, dummy_inputs=LlavaDummyInputsBuilder
-)
-class EosLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """Drop-in for vLLM's class of the same architecture (``model_class_overrides``)."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        planner = planner_of(vllm_config)
-        self.eos: Reduction | None = None
-        self.eos_before: Preselection | None = None
-        if planner is None:
-            return
-        check_contract("worker")
-        counters = Counters(len(planner.profile.reducers))
-        if planner.profile.before is not None and hasattr(self.vision_tower, "vision_model"):  # else it takes no images
-            self.eos_before = Preselection(planner, self, vllm_config, counters)
-        hook_v1_runner()
-        if planner.profile.inside:
-            self.eos = Reduction(planner, self.language_model.model, vllm_config, counters)
-            if self.eos.stages > 1:
-                extend_intermediate_tensors(self, self.eos.sends_embeddings)
-
-    def embed_multimodal(self, **kwargs: Any) -> Any:
-        """As vLLM's; with a reducer before the decoder an image has as many rows as its prompt has placeholders."""
-        return super().embed_multimodal(**kwargs) if self.eos_before is None else self.eos_before.embed(kwargs)
-
-    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; what other weights chose of an image is forgotten."""
-        if self.eos_before is not None:
-            self.eos_before.choices.clear()
-        return super().load_weights(*args, **kwargs)
-
-    @staticmethod
-    def get_model_state_cls() -> type:
-        """The V2 runner's hook; imported late, for it needs Triton."""
-        from eos_vllm.serving.runner_v2 import EosModelState
-
-        return EosModelState
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor | IntermediateTensors:
-        """As vLLM's; hidden states of discarded tokens are zero, and no one reads them."""
-        if self.eos is None or not self.eos.is_needed():
-            out = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-            if self.eos is not None and isinstance(out, IntermediateTensors):
-                return fill(out, self.eos.sends_embeddings)
-            return out
-        if intermediate_tensors is None and inputs_embeds is None:
-            raise RuntimeError("a step that prefills images came without inputs_embeds")
-        return self.eos.forward(positions, inputs_embeds, intermediate_tensors)
 
 
 class Reduction:
@@ -104,7 +35,18 @@ class Reduction:
     With pipeline stages it is that of the stage's own layers.
     """
 
-    def __init__(self, planner: Planner, decoder: Any, vllm_config: VllmConfig, counters: Counters) -> None:
+    def __init__(
+        self, planner: Planner, decoder: Any, vllm_config: VllmConfig, counters: Counters, added_to: int = 0
+    ) -> None:
+        """Converts the decoder's attention layers.
+
+        Args:
+            planner: the server's.
+            decoder: vLLM's module with ``layers`` and ``norm``.
+            vllm_config: the engine's.
+            counters: of this worker.
+            added_to: to the output of this many first layers something is added (deepstack).
+        """
         self.planner = planner
         self.profile = planner.profile
         self.decoder = decoder
@@ -118,7 +60,11 @@ class Reduction:
         for index, layer in self.attention.items():
             convert(layer, self.profile.segment_of_layer(index), self.batch)
         self.reducer_after = {layer: i for i, layer in enumerate(self.profile.layers)}
-        self.parts = list(stretches(decoder.layers, self.layers, self.profile.layers, compiles(vllm_config)))
+        # Of what the vision tower gives for a token: beside its own features those that later layers add.
+        self.row_width = (1 + added_to) * vllm_config.model_config.hf_text_config.hidden_size
+        alone = {*self.profile.layers, *range(added_to)}
+        self.parts = list(stretches(decoder.layers, self.layers, alone, compiles(vllm_config)))
+        self.mrope = bool(vllm_config.model_config.uses_mrope)
         ranks = get_tensor_model_parallel_world_size()
         self.options = ScoreOptions.of(
             self.profile.importance,
@@ -141,19 +87,21 @@ class Reduction:
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None,
         received: IntermediateTensors | None = None,
+        added: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor | IntermediateTensors:
         """Runs the stage's decoder layers, with a reducer after each active one.
 
         Args:
-            positions: rotary positions ``[padded tokens]``.
+            positions: rotary positions ``[padded tokens]``, ``[3, padded tokens]`` with M-RoPE.
             inputs_embeds: ``[padded tokens, d]``; None behind the first stage.
             received: of the stage before (:mod:`eos_vllm.serving.stages`).
+            added: to the output of the first layers, before it is reduced ``[padded tokens, d]`` each (deepstack).
 
         Returns:
             Final hidden states in the rows of the unreduced batch ``[padded tokens, d]``, zero where discarded; before
             the last stage what it passes on.
         """
-        profile, layout, padded = self.profile, self.batch.layout, positions.shape[0]
+        profile, layout, padded = self.profile, self.batch.layout, positions.shape[-1]
         assert layout is not None
         tokens = sum(entry.num_tokens for entry in self.batch.entries)
         origin: torch.Tensor | None = None
@@ -161,12 +109,15 @@ class Reduction:
         if received is None:
             assert inputs_embeds is not None
             hidden = embeddings = inputs_embeds[:tokens]
-            positions = positions[:tokens]
+            positions = positions[..., :tokens]
         else:
             left = int(layout.segment_lengths[profile.segment_of_layer(self.layers.start)].sum())
             hidden, residual, origin = (received[name][:left] for name in ("hidden_states", "residual", ORIGIN))
             embeddings = received[EMBEDDINGS][:tokens] if self.sends_embeddings else hidden
-            positions = positions.index_select(0, origin)
+            positions = positions.index_select(-1, origin)
+        image_text = layout.image_text
+        if image_text is not None and origin is not None:
+            image_text = image_text.index_select(0, origin)
         weights = image_query_weights(profile.importance.queries, embeddings, layout)
         adapters = LoraRows.of(self.decoder, tokens)
         if adapters is not None and origin is not None:
@@ -175,13 +126,20 @@ class Reduction:
             if isinstance(part, Stretch):
                 hidden, residual = part(positions, hidden, residual)
                 continue
-            reducer = self.reducer_after[part]
-            with queries_and_keys(self.attention[part]) as seen:
+            reducer = self.reducer_after.get(part)
+            with queries_and_keys(self.attention[part]) if reducer is not None else nullcontext({}) as seen:
                 hidden, residual = self.decoder.layers[part](positions, hidden, residual)
+            if part < len(added):
+                rows = added[part][:tokens]
+                hidden = hidden + (rows if origin is None else rows.index_select(0, origin))
+            if reducer is None:
+                continue
             step = layout.steps[reducer]
-            hidden, source = self._reduce(part, reducer, hidden + residual, seen, step, weights, positions)
+            hidden, source = self._reduce(part, reducer, hidden + residual, seen, step, weights, positions, image_text)
             residual = None
-            positions = positions.index_select(0, source)
+            positions = positions.index_select(-1, source)
+            if image_text is not None:
+                image_text = image_text.index_select(0, source)
             origin = source if origin is None else origin.index_select(0, source)
             if adapters is not None:
                 adapters.follow(source)
@@ -205,6 +163,7 @@ class Reduction:
         step: ReducerStep,
         weights: torch.Tensor | None,
         positions: torch.Tensor,
+        image_text: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         key, attention = seen["key"], self.attention[index]
         if step.cached:
@@ -212,7 +171,8 @@ class Reduction:
             key = torch.cat([key, *read_keys(attention, table, step.cached)])
         params, scale = self.profile.operator_params(reducer), attention.impl.scale
         hidden, source = reduce_tokens(
-            before, seen["query"], key, step, weights, params, scale, self.options, positions
+            *(before, seen["query"], key, step, weights, params, scale, self.options, positions),
+            image_text=image_text,
         )
         # What went in is the plan's; what is gone is counted on the tensors, so that the count proves something.
         self.counters.count_tokens(self.first + reducer, step.tokens_in, step.tokens_in - len(before) + len(hidden))

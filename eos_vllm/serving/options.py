@@ -4,7 +4,7 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from eos_vllm.core.budget import parse_budget
+from eos_vllm.core.budget import Share, parse_budget
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.plan import Planner
 from eos_vllm.core.profile import Profile, parse_profile
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "eos"
-_FIELDS = {"profile", "retain", "source", "marker", "exact_counts"}
+_FIELDS = {"profile", "retain", "source", "marker", "exact_counts", "example", "image_token"}
+_ANY = 1024
 
 
 def resolve_options(raw: Any) -> dict[str, Any]:
@@ -24,9 +25,9 @@ def resolve_options(raw: Any) -> dict[str, Any]:
         raw: what ``additional_config["eos"]`` holds, from the flags or from ``LLM(additional_config=...)``.
 
     Returns:
-        Plain data with ``profile`` (dict), ``source`` (str), ``retain`` (int or None), ``exact_counts`` (bool) and
-        ``marker`` (tokens of the chat template's generation prompt, None where not looked for yet). Resolving twice is
-        harmless.
+        Plain data with ``profile`` (dict), ``source`` (str), ``retain`` (int or None), ``exact_counts`` (bool),
+        ``marker`` (tokens of the chat template's generation prompt, None where not looked for yet), and what is found
+        out of the model: ``example`` (tokens of its largest image) and ``image_token``. Resolving twice is harmless.
 
     Raises:
         SettingError, ProfileError, BudgetError: one line each.
@@ -40,7 +41,8 @@ def resolve_options(raw: Any) -> dict[str, Any]:
         )
     profile = load_profile(raw["profile"])
     retain = None if raw.get("retain") is None else parse_budget(raw["retain"], "eos-retain")
-    Planner(profile, retain).counts()
+    # Of an image of any size, whatever one: shares can be met for all or none.
+    Planner(profile, retain, example=_ANY).counts()
     source = raw.get("source") or (raw["profile"] if isinstance(raw["profile"], str) else profile.name)
     marker = raw.get("marker")
     if marker is not None and not (isinstance(marker, list | tuple) and all(isinstance(m, int) for m in marker)):
@@ -48,7 +50,9 @@ def resolve_options(raw: Any) -> dict[str, Any]:
     return {
         "profile": profile.to_dict(),
         "source": source,
-        "retain": retain,
+        "retain": str(retain) if isinstance(retain, Share) else retain,
+        "example": raw.get("example"),
+        "image_token": raw.get("image_token"),
         "exact_counts": bool(raw.get("exact_counts", False)),
         "marker": None if marker is None else list(marker),
     }
@@ -78,7 +82,9 @@ def planner_of_processor(hf_config: Any) -> Planner | None:
 def _planner(options: str, block_size: int) -> Planner:
     data = json.loads(options)
     profile: Profile = parse_profile(data["profile"], data["source"])
-    return Planner(profile, data["retain"], 1 if data["exact_counts"] else block_size, data["marker"] or ())
+    retain = None if data["retain"] is None else parse_budget(data["retain"])
+    block = 1 if data["exact_counts"] else block_size
+    return Planner(profile, retain, block, data["marker"] or (), data["example"], data["image_token"])
 
 
 def reads_cached_keys(vllm_config: "VllmConfig") -> bool:

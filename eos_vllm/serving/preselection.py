@@ -19,7 +19,7 @@ from eos_vllm.core.plan import Planner
 from eos_vllm.core.preselection import combine, shrink_pixels, shrink_positions
 from eos_vllm.core.selectors import LAST, Choice, QueriesAndKeys, TowerOutput
 from eos_vllm.core.selectors.resize import Resize
-from eos_vllm.serving.image_processor import FINGERPRINT, KEEP
+from eos_vllm.serving.image_processor import FINGERPRINT, KEEP, TOTAL
 from eos_vllm.serving.metrics import Counters
 
 # Choices of images; at 192 tokens each that is 6 MiB.
@@ -40,17 +40,19 @@ class Preselection:
         # vLLM builds the tower up to the layer whose features it reads, so the last one there is the last that runs.
         self.layers = {i: self.encoder.layers[depth - 1 if i == LAST else i] for i in self.selector.reads_layers()}
         # vLLM counts an image by its K rows, the tower works on all of it: no more at once than memory is profiled for.
-        self.at_once = max(1, vllm_config.scheduler_config.max_num_batched_tokens // profile.model.visual_tokens)
+        self.at_once = max(1, vllm_config.scheduler_config.max_num_batched_tokens // planner.visual_tokens)
         self.rehearsed = False
         self.choices: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
 
-    def embed(self, kwargs: dict[str, Any]) -> Any:
+    def embed(self, kwargs: dict[str, Any], _embed: Any = None) -> Any:
         """Rows of each image of ``embed_multimodal``'s arguments, in order ``[K, d]`` each.
+
+        vLLM's own method is not asked: the tower's layers are looked into.
 
         Raises:
             RuntimeError: an image came without the number of its placeholders.
         """
-        keep, names = kwargs.pop(KEEP, None), kwargs.pop(FINGERPRINT, None)
+        keep, names, _ = (kwargs.pop(name, None) for name in (KEEP, FINGERPRINT, TOTAL))
         image_input = self.model._parse_and_validate_image_input(**kwargs)
         if image_input is None:
             return []
@@ -84,7 +86,7 @@ class Preselection:
             weight = like.patch_embedding.weight
             shape = (self.at_once, config.num_channels, config.image_size, config.image_size)
             pixels = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        total, counters = self.planner.profile.model.visual_tokens, self.counters
+        total, counters = self.planner.visual_tokens, self.counters
         keep = self.planner.image_tokens()
         if keep >= total:  # the server's own budget keeps all; a client's may not
             keep = self.selector.count(total // 2, total)
@@ -96,7 +98,7 @@ class Preselection:
             raise RuntimeError(f"eos: rehearsal: images of {[len(row) for row in rows]} tokens, planned {keep}")
 
     def _embed(self, pixels: torch.Tensor, counts: list[int], images: Sequence[int | None]) -> list[torch.Tensor]:
-        total = self.planner.profile.model.visual_tokens
+        total = self.planner.visual_tokens
         rows: list[Any] = [None] * len(counts)
         resizes = isinstance(self.selector, Resize)
         seen = None if resizes else self._tower(pixels)
@@ -152,7 +154,7 @@ class Preselection:
     def _resized(self, pixels: torch.Tensor, keep: int) -> TowerOutput:
         embeddings = self.model.vision_tower.vision_model.embeddings
         side = math.isqrt(keep)
-        if keep >= self.planner.profile.model.visual_tokens:
+        if keep >= self.planner.visual_tokens:
             return self._tower(pixels)
         hook = embeddings.position_embedding.register_forward_hook(lambda _, __, out: shrink_positions(out, side))
         try:

@@ -21,7 +21,7 @@ def trial_plan(planner: Planner, max_model_len: int) -> tuple[RequestPlan, int]:
     visual = planner.image_tokens()
     tokens = min(max_model_len, visual + 64)
     span = ImageSpan(min(5, max(tokens - visual, 0)), min(visual, tokens))
-    return planner.plan([0] * tokens, [span]), tokens
+    return planner.plan(planner.trial_prompt(tokens, span), [span]), tokens
 
 
 def prove_worker(reduction: Any, kv_cache_config: KVCacheConfig, max_model_len: int) -> None:

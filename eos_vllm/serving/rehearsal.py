@@ -31,15 +31,19 @@ class MadeUp:
 
     Attributes:
         name: of the request.
-        tokens: of its prompt.
+        prompt: its tokens.
         plan: what is kept of its one image.
         blocks: its blocks by KV group; empty where none are needed.
     """
 
     name: str
-    tokens: int
+    prompt: list[int]
     plan: RequestPlan
     blocks: tuple[list[int], ...] = field(default=())
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt)
 
 
 def largest_step(planner: Any, tokens: int, requests: int, longest: int) -> list[MadeUp]:
@@ -63,7 +67,8 @@ def largest_step(planner: Any, tokens: int, requests: int, longest: int) -> list
     made = []
     for i, length in enumerate([*[each] * (count - 1), last]):
         span = ImageSpan(min(_BEFORE, length - visual - 1), visual)
-        made.append(MadeUp(f"{_IMAGE}-{i}", length, planner.plan([0] * length, [span])))
+        prompt = planner.trial_prompt(length, span)
+        made.append(MadeUp(f"{_IMAGE}-{i}", prompt, planner.plan(prompt, [span])))
     return made
 
 
@@ -82,7 +87,8 @@ def rehearse_memory(runner: Any, reduction: Any) -> None:
         set_forward_context(None, runner.vllm_config, num_tokens=tokens),
     ):
         embeds = torch.zeros(tokens, weights.shape[0], dtype=weights.dtype, device=weights.device)
-        reduction.forward(torch.arange(tokens, device=weights.device), embeds)
+        positions = torch.arange(tokens, device=weights.device)
+        reduction.forward(positions.expand(3, -1) if reduction.mrope else positions, embeds)
     batch.take_images([])
 
 
@@ -108,7 +114,7 @@ def rehearse(runner: Any, reduction: Any, encoder_outputs: dict[str, torch.Tenso
     hidden = reduction.decoder.norm.weight
     visual = reduction.planner.image_tokens()
     # As if the vision tower had run: vLLM profiles that itself.
-    encoder_outputs[_IMAGE] = torch.zeros(visual, hidden.shape[0], dtype=hidden.dtype, device=hidden.device)
+    encoder_outputs[_IMAGE] = torch.zeros(visual, reduction.row_width, dtype=hidden.dtype, device=hidden.device)
     step = SchedulerOutput.make_empty()
     step.scheduled_new_reqs = [_request(request) for request in made]
     step.num_scheduled_tokens = {request.name: request.tokens for request in made}
@@ -146,7 +152,7 @@ def _with_blocks(made: list[MadeUp], kv_cache_config: Any) -> list[MadeUp]:
         for count in counts:
             blocks.append(list(range(next_block, next_block + count)))
             next_block += count
-        found.append(MadeUp(request.name, request.tokens, request.plan, tuple(blocks)))
+        found.append(MadeUp(request.name, request.prompt, request.plan, tuple(blocks)))
     return found
 
 
@@ -155,20 +161,20 @@ def _request(made: MadeUp) -> NewRequestData:
     image = MultiModalFeatureSpec(None, "image", _IMAGE, PlaceholderRange(span.start, span.length))
     return NewRequestData(
         req_id=made.name,
-        prompt_token_ids=[0] * made.tokens,
+        prompt_token_ids=made.prompt,
         mm_features=[image],
         sampling_params=SamplingParams(temperature=0, max_tokens=1),
         pooling_params=None,
         block_ids=made.blocks,
         num_computed_tokens=0,
         lora_request=None,
-        prefill_token_ids=[0] * made.tokens,
+        prefill_token_ids=made.prompt,
     )
 
 
 def _check(runner: Any, reduction: Any, made: list[MadeUp]) -> None:
     inside = len(reduction.profile.inside)
-    kept = [sum(r.plan.kept[0][i] for r in made) for i in range(inside + 1)]
+    kept = [sum(r.plan.kept[0][i] - len(r.plan.spans[0].text) for r in made) for i in range(inside + 1)]
     counters = reduction.counters
     done = counters.images, counters.tokens_in[-inside:], counters.tokens_kept[-inside:]
     if done != (len(made), kept[:-1], kept[1:]):

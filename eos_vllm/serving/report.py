@@ -22,14 +22,17 @@ def startup_report(planner: Planner, vllm_config: Any, kv_cache_config: Any) -> 
         One line.
     """
     profile, counts = planner.profile, planner.counts()
-    visual, entering, layers = profile.model.visual_tokens, planner.image_tokens(), profile.segment_layers()
+    visual, entering, layers = planner.visual_tokens, planner.image_tokens(), profile.segment_layers()
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     token_bytes = spec.page_size_bytes // spec.block_size
     stock = visual * sum(layers) * token_bytes
-    ours = sum(n * tokens for n, tokens in zip(layers, segment_tokens(profile, counts), strict=True)) * token_bytes
+    ours = (
+        sum(n * tokens for n, tokens in zip(layers, segment_tokens(profile, counts, visual), strict=True)) * token_bytes
+    )
     tokens = min(entering + _TEXT_TOKENS, vllm_config.model_config.max_model_len)
     stock_tokens = min(visual + _TEXT_TOKENS, vllm_config.model_config.max_model_len)
-    plan = planner.plan([0] * tokens, [ImageSpan(0, min(entering, tokens))])
+    span = ImageSpan(0, min(entering, tokens))
+    plan = planner.plan(planner.trial_prompt(tokens, span), [span])
     usable = kv_cache_config.num_blocks - 1
     fit = usable // sum(planned_blocks(kv_cache_config, plan, tokens))
     groups = kv_cache_config.kv_cache_groups
@@ -49,9 +52,10 @@ def startup_report(planner: Planner, vllm_config: Any, kv_cache_config: Any) -> 
 def short_report(planner: Planner) -> str:
     """What a profile keeps of an image, and what that costs."""
     profile, counts = planner.profile, planner.counts()
+    per = "per image" if profile.model.visual_tokens is not None else "of the largest image, others alike"
     return (
-        f"profile {profile.name!r} reduces {places(profile)}: {profile.model.visual_tokens} -> {list(counts)} visual "
-        f"tokens per image (budget {planner.budget}: {measures(profile, counts)})"
+        f"profile {profile.name!r} reduces {places(profile)}: {planner.visual_tokens} -> {list(counts)} visual "
+        f"tokens {per} (budget {planner.budget}: {measures(profile, counts, planner.visual_tokens)})"
     )
 
 

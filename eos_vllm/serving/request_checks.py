@@ -123,8 +123,9 @@ def check_body(planner: Planner, body: Any) -> None:
     logprobs = getattr(body, "prompt_logprobs", None)
     if logprobs is not None and _has_media(getattr(body, "messages", None)):
         total = planner.image_tokens(budget_of(params))
-        plan = planner.plan([0] * (total + 1), [ImageSpan(0, total)], budget_of(params))
-        _refuse_prompt_logprobs(planner, plan, logprobs)
+        span = ImageSpan(0, total)
+        plan = planner.plan(planner.trial_prompt(total + 1, span), [span], budget_of(params))
+        _refuse_prompt_logprobs(plan, logprobs)
 
 
 def check_beams(planner: Planner, what: str) -> None:
@@ -152,7 +153,10 @@ def check_params(planner: Planner, params: Any) -> None:
     if not isinstance(params, SamplingParams):
         return
     try:
-        planner.counts(budget_of(params))
+        budget = budget_of(params)
+        if isinstance(budget, int) and planner.profile.model.visual_tokens is None and planner.profile.before is None:
+            return  # whether it can be met depends on the image
+        planner.counts(budget)
     except BudgetError as e:
         raise VLLMValidationError(f"vllm_xargs.{e}", parameter=REQUEST_FIELD, value=e.value) from None
 
@@ -168,14 +172,18 @@ def check_request(planner: Planner, request: Any, longest_step: int) -> None:
         return
     if params.prompt_logprobs is not None:  # before the plan that is served, which for these reduces nothing
         would = planner.plan(request.prompt_token_ids or (), image_spans(request.mm_features), budget_of(params))
-        _refuse_prompt_logprobs(planner, would, params.prompt_logprobs)
+        _refuse_prompt_logprobs(would, params.prompt_logprobs)
+    try:  # of these images, whose sizes only now are known
+        planner.plan(request.prompt_token_ids or (), image_spans(request.mm_features), budget_of(params))
+    except BudgetError as e:
+        raise VLLMValidationError(f"vllm_xargs.{e}", parameter=REQUEST_FIELD, value=e.value) from None
     plan = plan_of_features(planner, request.prompt_token_ids or (), request.mm_features, params)
     if not plan.reduces:
         return
     if request.resumable:
         raise VLLMValidationError(
             "streaming input: images that come later would not be reduced; send the prompt at once, or ask for no "
-            f'reduction with vllm_xargs: {{"{REQUEST_FIELD}": {planner.profile.model.visual_tokens}}}',
+            f'reduction with vllm_xargs: {{"{REQUEST_FIELD}": "100%"}}',
             parameter="prompt",
         )
     longest = max(span.end - span.start for span in plan.atomic_spans)
@@ -183,18 +191,17 @@ def check_request(planner: Planner, request: Any, longest_step: int) -> None:
         raise VLLMValidationError(
             f"prompt: an image and the text that scores it have {longest} tokens, but a step holds {longest_step} "
             f"(--max-num-batched-tokens); send fewer images or less text in a turn, or ask for no reduction with "
-            f'vllm_xargs: {{"{REQUEST_FIELD}": {planner.profile.model.visual_tokens}}}',
+            f'vllm_xargs: {{"{REQUEST_FIELD}": "100%"}}',
             parameter="prompt",
             value=longest,
         )
 
 
-def _refuse_prompt_logprobs(planner: Planner, plan: RequestPlan, value: int) -> None:
+def _refuse_prompt_logprobs(plan: RequestPlan, value: int) -> None:
     if plan.reduces:
-        total = planner.profile.model.visual_tokens
         raise VLLMValidationError(
             f"prompt_logprobs={value}: discarded visual tokens have none; leave it out, "
-            f'or ask for no reduction with vllm_xargs: {{"{REQUEST_FIELD}": {total}}}',
+            f'or ask for no reduction with vllm_xargs: {{"{REQUEST_FIELD}": "100%"}}',
             parameter="prompt_logprobs",
             value=value,
         )

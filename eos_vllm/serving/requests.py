@@ -10,14 +10,14 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 
-from eos_vllm.core.budget import REQUEST_FIELD, parse_budget
+from eos_vllm.core.budget import REQUEST_FIELD, RetainBudget, parse_budget
 from eos_vllm.core.errors import BudgetError
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 
 logger = init_logger("vllm.eos")
 
 
-def budget_of(sampling_params: SamplingParams | None) -> int | None:
+def budget_of(sampling_params: SamplingParams | None) -> RetainBudget | None:
     """The budget that a request names in ``vllm_xargs`` (``extra_args`` offline), None where it names none.
 
     Raises:
@@ -52,8 +52,12 @@ def plan_of_features(
     try:
         return planner.plan(prompt, spans, budget_of(sampling_params))
     except BudgetError as e:
-        logger.warning("eos: %s; using the server's budget %d", e, planner.budget)
-        return planner.plan(prompt, spans)
+        logger.warning("eos: %s; using the server's budget %s", e, planner.budget)
+        try:
+            return planner.plan(prompt, spans)
+        except BudgetError as own:
+            logger.warning("eos: %s; the request is not reduced", own)
+            return planner.plan(prompt, [])
     except ValueError as e:
         logger.warning("eos: %s; the request is not reduced", e)
         return planner.plan(prompt, [])

@@ -5,7 +5,7 @@ norms, activations and rotary embeddings to the compiler, so that the same layer
 A reducing layer itself stays eager, for its queries and keys are read.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,18 +43,18 @@ class Stretch:
         return hidden, residual
 
 
-def stretches(layers: Sequence[Any], indices: range, reducing: Sequence[int], compiled: bool) -> Iterator[Any]:
-    """Stretches and the indices of reducing layers between them, in order.
+def stretches(layers: Sequence[Any], indices: range, alone: Collection[int], compiled: bool) -> Iterator[Any]:
+    """Stretches and the indices of the layers between them, in order.
 
     Args:
         layers: all decoder layers.
         indices: those of this pipeline stage.
-        reducing: layers with a reducer.
+        alone: layers that are run by themselves: those with a reducer, or to whose output something is added.
         compiled: whether to compile stretches.
     """
     first = indices.start
     for index in indices:
-        if index in reducing:
+        if index in alone:
             if index > first:
                 yield Stretch(layers[first:index], compiled)
             yield index

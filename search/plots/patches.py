@@ -11,6 +11,7 @@ from PIL import Image
 
 from eos_search.plots.canvas import blank, panels
 from eos_search.reference import ReferenceModel
+from eos_vllm.core.budget import own_budget, tokens_of
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile
 
@@ -63,7 +64,7 @@ def kept_patches(
         state = reference.prefill(embeddings, spans, budget)
         # A plan that keeps all has no reducers to tell of.
         kept = state.kept or [torch.arange(span.end)] * len(profile.reducers)
-        own = profile.budget.tokens if budget is None else budget
+        own = round(tokens_of(own_budget(profile), span.length)) if budget is None else budget
         found[own] = tuple(
             tuple(position - span.start for position in positions.tolist() if span.start <= position < span.end)
             for positions in kept

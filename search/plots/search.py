@@ -9,7 +9,7 @@ from matplotlib.ticker import NullFormatter
 
 from eos_search.plots.canvas import MARKS, panels
 from eos_search.theta import KINDS
-from eos_vllm.core.budget import kept_counts, layer_average
+from eos_vllm.core.budget import image_size, kept_counts, layer_average, own_budget
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile
 
@@ -75,13 +75,13 @@ def profile_figure(profile: Profile, budgets: Sequence[int | None]) -> tuple[Fig
     Returns:
         The figure, and its data.
     """
-    depth, visual = profile.model.num_decoder_layers, profile.model.visual_tokens
+    depth, visual = profile.model.num_decoder_layers, image_size(profile)
     figure, axes = panels(1, 2, width=4.6, height=3.2)
     data: dict[str, Any] = {"figure": "profile", "profile": profile.name, "tokens": {}, "operators": []}
     for budget in budgets:
         counts = kept_counts(profile, budget)
         seen = [(visual, *counts)[profile.segment_of_layer(layer)] for layer in range(depth)]
-        own = profile.budget.tokens if budget is None else budget
+        own = own_budget(profile) if budget is None else budget
         mean = layer_average(profile, counts)
         axes[0].step(range(depth), seen, where="mid", label=f"retain {own} (layer average {mean:.1f})")
         data["tokens"][str(own)] = {"by_layer": seen, "layer_average": round(mean, 2)}

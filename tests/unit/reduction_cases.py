@@ -65,6 +65,7 @@ def run_batched(requests: list[Request], profile: Profile) -> list[Outcome]:
     hidden = torch.cat([r.embeddings for r in requests])
     weights = image_query_weights(profile.importance.queries, hidden, layout)
     position = torch.cat([torch.arange(row.num_tokens) for row in rows])
+    image_text = layout.image_text
     owner = torch.cat([torch.full((row.num_tokens,), r) for r, row in enumerate(rows)])
     left: list[list[list[int]]] = [[] for _ in requests]
     for s, step in enumerate(layout.steps):
@@ -73,8 +74,11 @@ def run_batched(requests: list[Request], profile: Profile) -> list[Outcome]:
             for name in ("added", "query", "key")
         )
         params = profile.operator_params(s)
-        hidden, source = reduce_tokens(hidden + added, query, key, step, weights, params, SCALE)
+        hidden, source = reduce_tokens(
+            hidden + added, query, key, step, weights, params, SCALE, image_text=image_text
+        )
         position, owner = position[source], owner[source]
+        image_text = None if image_text is None else image_text[source]
         for r in range(len(requests)):
             left[r].append(position[owner == r].tolist())
     return [(left[r], hidden[owner == r]) for r in range(len(requests))]
@@ -86,10 +90,13 @@ def run_reference(request: Request, profile: Profile) -> Outcome:
     image_of = [None] * (prompt.length + prompt.generated)
     for i, span in enumerate(prompt.spans):
         image_of[span.start : span.end] = [i] * span.length  # type: ignore[list-item]
+        for place in span.text:
+            image_of[span.start + place] = -1  # type: ignore[call-overload]
     weights: list[dict[int, float]] = []
     for i, span in enumerate(prompt.spans):
         queries = [p for p in range(span.end, prompt.length) if image_of[p] is None] or [prompt.length - 1]
-        values = naive_weights(rule, request.embeddings[span.start : span.end], request.embeddings[queries])
+        own = [p for p in range(span.start, span.end) if image_of[p] == i]
+        values = naive_weights(rule, request.embeddings[own], request.embeddings[queries])
         weights.append(dict(zip(queries, values, strict=True)))
         assert i == len(weights) - 1
     counts = Planner(profile).counts(request.budget)

@@ -143,4 +143,6 @@ def test_budgets_that_are_not(value: Any) -> None:
         parse_budget(value, "vllm_xargs.eos_retain")
     text = str(caught.value)
     assert text.startswith(f"vllm_xargs.eos_retain={value!r}: ")
-    assert text.endswith("; give a whole number of visual tokens per image, 1 or more")
+    assert text.endswith(
+        '; give a whole number of visual tokens per image, 1 or more, or a share such as 0.11 or "11%"'
+    )

@@ -72,11 +72,12 @@ def test_text_rows_are_the_queries_of_each_image_in_the_unreduced_batch(prompts:
         assert real == [starts[r] + p for p in plan.query_positions(i)]
         assert mask == sorted(mask, reverse=True)
     lengths = {}
-    for length, members, first in layout.visual_groups:
-        for n, row in zip(members.tolist(), first.tolist(), strict=True):
+    for members, places in layout.visual_groups:
+        for n, own in zip(members.tolist(), places.tolist(), strict=True):
             r, i = images[n]
-            lengths[n] = length
-            assert (length, row) == (prompts[r].images[i][0], starts[r] + prompts[r].spans[i].start)
+            lengths[n] = len(own)
+            first = starts[r] + prompts[r].spans[i].start
+            assert own == list(range(first, first + prompts[r].images[i][0]))
     assert sorted(lengths) == list(range(len(images)))
 
 
@@ -120,7 +121,7 @@ def test_images_with_equal_counts_share_one_group_across_requests_and_budgets() 
     last = {(g.total, g.keep): g.images.tolist() for g in layout.steps[2].groups}
     two, three = PLANNER.counts(2), PLANNER.counts(3)
     assert last == {(two[1], 2): [0, 1, 2], (three[1], 3): [4]}
-    assert [length for length, _, _ in layout.visual_groups] == [8, 2]
+    assert [places.shape[1] for _, places in layout.visual_groups] == [8, 2]
 
 
 def test_a_step_that_reduces_nothing_passes_all_rows() -> None:

@@ -29,7 +29,7 @@ def refusal(data: Any, source: str = "theta.json") -> str:
 BAD = {
     "unknown field": ({"colour": "red"}, ("profile.colour", "'red'", "correct it in theta.json")),
     "unknown field inside": ({"reducers": [reducer(1, kappa=2)]}, ("profile.reducers.0.kappa", "2", "correct it")),
-    "missing field": ({"budget": {"measure": "final"}}, ("profile.budget.tokens", "Field required", "correct it")),
+    "missing field": ({"budget": {"measure": "final"}}, ("profile.budget", "either tokens or share", "correct it")),
     "gate above 1": (
         {"reducers": [reducer(1, gate=1.5)]},
         ("profile.reducers.0.gate", "1.5", "less than or equal to 1"),

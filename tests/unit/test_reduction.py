@@ -1,5 +1,6 @@
 """Reducers on ragged batches: equal to each request alone, and to a reference of plain loops."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,24 @@ def requests_of(prompts: list[Prompt], budgets: list[int], seed: int) -> list[Re
 @given(prompts=batches(8), budgets=st.lists(st.integers(1, 8), min_size=1, max_size=3), seed=st.integers(0, 2**20))
 def test_a_batch_equals_the_reference(rule: str, prompts: list[Prompt], budgets: list[int], seed: int) -> None:
     profile = profile_of(rule)
+    requests = requests_of(prompts, budgets, seed)
+    for got, request in zip(run_batched(requests, profile), requests, strict=True):
+        assert_same(got, run_reference(request, profile))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=60)
+@given(
+    prompts=batches(11),
+    widths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    budgets=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    seed=st.integers(0, 2**20),
+)
+def test_text_within_images_stays_and_asks_nothing(
+    rule: str, prompts: list[Prompt], widths: list[int], budgets: list[int], seed: int
+) -> None:
+    profile = profile_of(rule)
+    prompts = [replace(prompt, width=widths[i % len(widths)]) for i, prompt in enumerate(prompts)]
     requests = requests_of(prompts, budgets, seed)
     for got, request in zip(run_batched(requests, profile), requests, strict=True):
         assert_same(got, run_reference(request, profile))

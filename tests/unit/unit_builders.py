@@ -53,12 +53,14 @@ def make_profile(
 class Prompt:
     """A request for tests: text in front, then (image length, text behind it) for each image, then generated tokens.
 
-    ``images`` may be empty: such a request passes unreduced, like a decode step.
+    ``images`` may be empty: such a request passes unreduced, like a decode step. With a ``width`` an image's places are
+    rows of so many visual tokens, each with one place of text behind it.
     """
 
     front: int
     images: tuple[tuple[int, int], ...]
     generated: int = 0
+    width: int = 0
 
     @property
     def length(self) -> int:
@@ -68,7 +70,8 @@ class Prompt:
     def spans(self) -> list[ImageSpan]:
         spans, position = [], self.front
         for image, text in self.images:
-            spans.append(ImageSpan(position, image))
+            ends = tuple(range(self.width, image, self.width + 1)) if self.width else ()
+            spans.append(ImageSpan(position, image, ends))
             position += image + text
         return spans
 
