@@ -9,6 +9,7 @@ from typing import Any
 from eos_vllm import profiles
 from eos_vllm.analysis.cost import DTYPE_BYTES
 from eos_vllm.analysis.scaling import scale_to_model
+from eos_vllm.core.budget import image_size
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.models.geometry import ModelGeometry, geometry
@@ -98,7 +99,7 @@ def fitted_profile(source: str, sizes: ModelGeometry) -> Profile:
         sizes.visual_tokens,
     ):
         profile = scale_to_model(profile, sizes.num_decoder_layers, sizes.visual_tokens)
-    budget = {"measure": "final", "tokens": min(64, sizes.visual_tokens), "minimum": 1}
+    budget = {"measure": "final", "tokens": min(64, image_size(profile)), "minimum": 1}
     return parse_profile(profile.to_dict() | {"budget": budget})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eos_vllm.cluttervqa import SPLITS
-from eos_vllm.core.budget import parse_budget
+from eos_vllm.core.budget import parse_tokens
 from eos_vllm.core.errors import EosError, SettingError
 
 # Study: its line of help, and the budgets of the paper's figure or table.
@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from eos_vllm.cluttervqa import export, read_rows
     from eos_vllm.provenance import provenance
 
-    budgets = [None] if args.budgets == "own" else [parse_budget(b, "--budgets") for b in args.budgets.split(",")]
+    budgets = [None] if args.budgets == "own" else [parse_tokens(b, "--budgets") for b in args.budgets.split(",")]
     study = make_study(args)
     with tempfile.TemporaryDirectory(prefix="eos-rows-") as folder:
         file = args.rows or export(folder, args.split, args.images)

@@ -15,7 +15,7 @@ from eos_search.evaluation import cases, evaluate, key, table
 from eos_search.raw import fingerprint, plain, read_earlier, read_result, weights_digest, write_raw
 from eos_search.selection import EARLIER, rows_before
 from eos_vllm.cluttervqa import SPLITS, Row, export, read_rows
-from eos_vllm.core.budget import parse_budget
+from eos_vllm.core.budget import parse_tokens
 from eos_vllm.core.errors import EosError
 
 BUDGETS = "192,128,96,64,32,16"
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from eos_vllm.models import embedded
     from eos_vllm.provenance import provenance
 
-    budgets = [None] if args.budgets == "own" else [parse_budget(b, "--budgets") for b in args.budgets.split(",")]
+    budgets = [None] if args.budgets == "own" else [parse_tokens(b, "--budgets") for b in args.budgets.split(",")]
     wanted = cases([name.strip() for name in args.profiles.split(",")], budgets)
     with tempfile.TemporaryDirectory(prefix="eos-rows-") as folder:
         file = args.rows or export(Path(folder) / "rows", args.split, args.images)

@@ -15,7 +15,7 @@ from typing import Any
 from eos_search.lmms import BENCHMARKS, failed_requests, lmms_command, read_scores, record
 from eos_search.lmms_server import check_server, kept_per_image, metrics
 from eos_search.lmms_tables import budget_tables, cross_budget_table
-from eos_vllm.core.budget import kept_counts, parse_budget
+from eos_vllm.core.budget import image_size, kept_counts, parse_tokens
 from eos_vllm.core.errors import EosError
 
 STOCK = "none"
@@ -86,7 +86,7 @@ def targets(args: argparse.Namespace) -> list[Target]:
         raise EosError("--servers", args.servers, "one of --servers and --serve is needed", "give 64=URL,16=URL,...")
     names = args.profiles.split(",")
     if args.serve:
-        wanted = [parse_budget(budget, "--budgets") for budget in args.budgets.split(",")]
+        wanted = [parse_tokens(budget, "--budgets") for budget in args.budgets.split(",")]
         found = [Target(name, budget, None) for name in names for budget in ([None] if name == STOCK else wanted)]
     else:
         if len(names) > 1:
@@ -94,7 +94,7 @@ def targets(args: argparse.Namespace) -> list[Target]:
         found = []
         for pair in args.servers.split(","):
             text, _, url = pair.partition("=")
-            budget = None if text == _ALL else parse_budget(text, "--servers")
+            budget = None if text == _ALL else parse_tokens(text, "--servers")
             if not url.startswith(("http://", "https://")) or (budget is not None and names[0] == STOCK):
                 remedy = "give N=http://HOST:PORT/v1 and --profiles NAME, or all=URL for an unreduced one"
                 raise EosError("--servers", pair, "this is no budget with its server and profile", remedy)
@@ -115,7 +115,7 @@ def expected_counts(target: Target) -> list[int]:
     if target.budget is None:
         return []
     profile = profiles.resolve(target.profile)
-    if target.budget >= profile.model.visual_tokens:
+    if target.budget >= image_size(profile):
         remedy = "run it with profile none, and all=URL"
         raise EosError("budget", target.budget, "an image has no more tokens than that: nothing is reduced", remedy)
     return list(kept_counts(profile, target.budget))

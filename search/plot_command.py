@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eos_search.raw import read_result
-from eos_vllm.core.budget import parse_budget
+from eos_vllm.core.budget import parse_tokens
 from eos_vllm.core.errors import EosError
 
 _FIGURES = {
@@ -102,7 +102,7 @@ def draw(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def _of_profile(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from eos_vllm import profiles
 
-    budgets = [None] if args.budgets == "own" else [parse_budget(b, "--budgets") for b in args.budgets.split(",")]
+    budgets = [None] if args.budgets == "own" else [parse_tokens(b, "--budgets") for b in args.budgets.split(",")]
     profile = profiles.resolve(args.profile)
     if args.figure == "profile":
         from eos_search.plots.search import profile_figure

@@ -78,7 +78,7 @@ def run_search(settings: SearchSettings, resume: bool = False, quiet: bool = Fal
         frozen = load_frozen(settings, accelerator.device)
         objective, rules, theta = search_space(settings, frozen.spec)
         encoder = Encoder(
-            frozen.processor, settings.prompt, settings.answer, frozen.spec.visual_tokens, settings.max_tokens
+            frozen.processor, settings.prompt, settings.answer, objective.visual_tokens, settings.max_tokens
         )
         data = load_data(settings, encoder)
         for line in data.summary():
@@ -113,7 +113,7 @@ def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
         settings.boundary_sharpness, "gate" not in settings.frozen, settings.checkpointing, ready.frozen.flash_reference
     )
     model = RelaxedModel(ready.frozen.model, rules, relaxation)
-    task = ModelTask(model, ready.objective, rules.model.visual_tokens, settings.cache_mib << 20)
+    task = ModelTask(model, ready.objective, ready.objective.visual_tokens, settings.cache_mib << 20)
     sampler = StepSampler(
         len(data.rows),
         settings.batch_size,

@@ -15,6 +15,7 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
         SettingError: a setting that doesn't fit the model.
     """
     depth, visual = spec.num_decoder_layers, spec.visual_tokens
+    assert visual is not None  # images of any size are refused with the model
     if settings.budget > visual:
         raise SettingError("budget", settings.budget, f"an image has {visual} visual tokens", f"give 1 to {visual}")
     if settings.minimum > settings.budget:

@@ -104,7 +104,7 @@ def scale_to_model(
     if profile.budget.measure != "flops":
         data["model"].pop("flops_crossover", None)  # of the other model's width, which is not known here
     data["model"] |= {"num_decoder_layers": num_decoder_layers, "visual_tokens": visual_tokens}
-    if debias := data["importance"].get("debias"):
+    if (debias := data["importance"].get("debias")) and visual_tokens is not None:
         _refuse_debias(profile, debias, visual_tokens)
     for reducer, layer in zip(data["reducers"][-len(layers) :] if layers else (), layers, strict=True):
         reducer["layer"] = layer

@@ -288,6 +288,19 @@ def parse_budget(value: Any, field: str = REQUEST_FIELD) -> RetainBudget:
     return tokens
 
 
+def parse_tokens(value: Any, field: str = REQUEST_FIELD) -> int:
+    """As :func:`parse_budget`, where only a number of tokens will do.
+
+    Raises:
+        BudgetError: as there, and for a share.
+    """
+    budget = parse_budget(value, field)
+    if isinstance(budget, Share):
+        problem = "a share is not taken here"
+        raise BudgetError(field, value, problem, "give a whole number of visual tokens per image, 1 or more")
+    return budget
+
+
 def _share(value: float, given: Any, field: str, remedy: str) -> Share:
     if not 0 < value <= 1:
         raise BudgetError(field, given, "a share lies above 0% and is at most 100%", remedy)

@@ -212,13 +212,15 @@ class RequestPlan:
         )
 
 
-def rounded_count(total: int, keep: int, block: int) -> int:
+def rounded_count(total: int, keep: int, block: int, text: int = 0) -> int:
     """The count next to ``keep`` that removes whole KV blocks of ``block`` tokens; it is 0 only where ``keep`` is.
+
+    ``text`` of these tokens stay whatever is kept, and all visual ones go only where ``keep`` says so.
 
     A compact block behind an image then covers exactly one block of unreduced tokens, which is what lets vLLM's prefix
     cache share it.
     """
-    return total - min(int((total - keep) / block + 0.5), (total - (keep > 0)) // block) * block
+    return total - min(int((total - keep) / block + 0.5), (total - text - (keep > text)) // block) * block
 
 
 class Planner:
@@ -339,7 +341,8 @@ class Planner:
         if not span.text:
             return self._inside(budget, span.length)
         text, counts = len(span.text), self._unrounded(budget, span.visual)
-        return tuple(rounded_count(span.length, min(count, span.visual) + text, self.block) for count in counts)
+        kept = [min(count, span.visual) + text for count in counts]
+        return tuple(rounded_count(span.length, keep, self.block, text) for keep in kept)
 
     def _with_text(self, prompt: Sequence[int], span: ImageSpan) -> ImageSpan:
         """The span, with those of its places that are text."""

@@ -13,6 +13,8 @@ _QUESTIONS = ("What is it?", "Name 3", "how many")
 def find_marker(model_config: Any, chat_template: str | None = None) -> tuple[int, ...]:
     """Tokens of the generation prompt as they stand behind a question.
 
+    A template without one (Mistral's) marks the end of the question instead; those tokens are taken then.
+
     Args:
         model_config: vLLM's, for tokenizer and template.
         chat_template: the server's own template (``--chat-template``); the model's where None.
@@ -35,6 +37,8 @@ def find_marker(model_config: Any, chat_template: str | None = None) -> tuple[in
         whole, bare = tokens([question], True), tokens([question], False)
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, bare, strict=False)))
         found.add(tuple(whole[same:]))
+    if found == {()}:
+        found = {_common_end([tokens([question], True) for question in _QUESTIONS])}
     if len(found) != 1 or not (marker := found.pop()):
         raise ValueError(f"its generation prompt has no fixed tokens ({sorted(found)})")
     for question, later in itertools.pairwise(_QUESTIONS):
@@ -43,6 +47,12 @@ def find_marker(model_config: Any, chat_template: str | None = None) -> tuple[in
         if end != len(whole) or chat[:end] != whole:
             raise ValueError("the tokens of a first turn change when a chat goes on")
     return marker
+
+
+def _common_end(chats: list[list[int]]) -> tuple[int, ...]:
+    """Tokens in which all chats end."""
+    columns = zip(*(reversed(chat) for chat in chats), strict=False)
+    return tuple(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))[::-1]
 
 
 def _render(model_config: Any, tokenizer: Any, turns: list[str], prompt: bool, chat_template: str | None) -> str:

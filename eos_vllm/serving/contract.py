@@ -7,7 +7,7 @@ the front end where flags are parsed, the engine core in the scheduler, the work
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -134,7 +134,9 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Takes("vllm.renderers.online_renderer:validate_request_mm_kwargs", ("mm_processor_kwargs",)),
         Has("vllm.multimodal.processing.inputs:ProcessorInputs", ("mm_data_items", "hf_processor_mm_kwargs")),
         Takes(f"{_LLAVA}:_build_llava_or_pixtral_hf_processor", ("info", "dummy_inputs")),
-        Overrides(f"{_LLAVA}:LlavaMultiModalProcessor", "eos_vllm.serving.image_processor:EosLlavaProcessor"),
+        Overrides(f"{_LLAVA}:LlavaMultiModalProcessor", "eos_vllm.serving.image_processor:EosProcessorMixin"),
+        Has("vllm.multimodal.processing:PromptReplacement", ("modality", "replacement")),
+        Has("vllm.multimodal:MULTIMODAL_REGISTRY", ("get_processing_info",)),
     ),
     "engine core": (
         Takes(f"{_SCHEDULER}.schedule", ("self",)),
@@ -221,13 +223,13 @@ def find(where: str) -> Any:
     return found
 
 
-def check_contract(process: Process) -> None:
-    """Checks the reliances of a process.
+def check_contract(process: Process, more: Sequence[Reliance] = ()) -> None:
+    """Checks the reliances of a process, and ``more``, those of the family that is served.
 
     Raises:
         RuntimeError: all that is missing, in one line, and what to do.
     """
-    problems = [problem for reliance in RELIANCES[process] for problem in reliance.problems()]
+    problems = [problem for reliance in (*RELIANCES[process], *more) for problem in reliance.problems()]
     if problems:
         from vllm import __version__
 

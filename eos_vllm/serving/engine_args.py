@@ -195,7 +195,7 @@ def largest_image(config: Any) -> int:
     """
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    info = MULTIMODAL_REGISTRY.get_processing_info(config.model_config)
+    info: Any = MULTIMODAL_REGISTRY.get_processing_info(config.model_config)
     longest = config.model_config.max_model_len
     most = info.get_mm_max_tokens_per_item(longest, {"image": 1}) or {}
     if "image" in most:

@@ -50,7 +50,7 @@ class EosProcessorMixin:
     """In front of vLLM's processor of a family: as many placeholders for an image as its budget means."""
 
     def __init__(self, info: Any, dummy_inputs: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(info, dummy_inputs, *args, **kwargs)
+        super().__init__(info, dummy_inputs, *args, **kwargs)  # type: ignore[call-arg]
         self.planner = planner_of_processor(info.get_hf_config())
         self.selects = self.planner is not None and self.planner.profile.before is not None
 

@@ -4,7 +4,7 @@ What belongs to a family of models is in :mod:`eos_vllm.serving.hosts`, whose cl
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ class Reduction:
                 hidden, residual = part(positions, hidden, residual)
                 continue
             reducer = self.reducer_after.get(part)
-            with queries_and_keys(self.attention[part]) if reducer is not None else nullcontext({}) as seen:
+            with queries_and_keys(None if reducer is None else self.attention[part]) as seen:
                 hidden, residual = self.decoder.layers[part](positions, hidden, residual)
             if part < len(added):
                 rows = added[part][:tokens]
@@ -192,9 +192,12 @@ def attention_of(layer: nn.Module) -> Attention:
 
 
 @contextmanager
-def queries_and_keys(attention: Attention) -> Iterator[dict[str, torch.Tensor]]:
+def queries_and_keys(attention: Attention | None) -> Iterator[dict[str, torch.Tensor]]:
     """Catches the rotated queries and keys, ``[tokens, heads, D]``, that go into ``attention`` within the block."""
     seen: dict[str, torch.Tensor] = {}
+    if attention is None:
+        yield seen
+        return
 
     def catch(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         seen["query"] = inputs[0].view(-1, attention.num_heads, attention.head_size)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from vllm.config import VllmConfig
 
 from eos_vllm.core.plan import Planner
@@ -31,7 +32,8 @@ class RowSelection:
         self.planner, self.selector, self.params = planner, profile.selector, profile.params_of(profile.before)
         self.model, self.counters = model, counters
         self.width = vllm_config.model_config.hf_text_config.hidden_size
-        self.dtype, self.device = vllm_config.model_config.dtype, vllm_config.device_config.device_type
+        self.dtype: Any = vllm_config.model_config.dtype
+        self.device = vllm_config.device_config.device_type
         # vLLM counts an image by its K rows, the tower works on all of it: no more at once than memory is profiled for.
         self.tokens_at_once = max(planner.visual_tokens, vllm_config.scheduler_config.max_num_batched_tokens)
         self.rehearsed = False
@@ -55,11 +57,12 @@ class RowSelection:
         counts, totals, images = ([int(n) for n in torch.as_tensor(found).flatten()] for found in numbers)
         rows: list[torch.Tensor] = []
         for start, stop in self._parts(totals):
-            whole = list(embed(**self.model.eos_images(kwargs, start, stop)))
+            part = self.model.eos_images(kwargs, start, stop)
+            whole = list(embed(**part))
             if not self.rehearsed:
                 # In vLLM's memory profile, whose images keep all tokens: the selector belongs into it.
                 self.rehearse(whole)
-            rows += self._select(whole, counts[start:stop], images[start:stop])
+            rows += self._select(whole, counts[start:stop], images[start:stop], self.model.eos_places(part))
         return rows
 
     def _parts(self, totals: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -98,9 +101,19 @@ class RowSelection:
                 raise RuntimeError(f"eos: rehearsal: an image of {len(row)} tokens, planned {keep}")
 
     def _select(
-        self, rows: Sequence[torch.Tensor], counts: Sequence[int], images: Sequence[int | None]
+        self,
+        rows: Sequence[torch.Tensor],
+        counts: Sequence[int],
+        images: Sequence[int | None],
+        places: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
+        """What is left of each image ``[K, d]``; behind a row's features stands its place, where there are places.
+
+        An image of which all is left has been numbered as it is, and its rows carry zeros.
+        """
         out = list(rows)
+        if places is not None:
+            out = [F.pad(row, (0, place.shape[1])) for row, place in zip(rows, places, strict=True)]
         alike: dict[tuple[int, int], list[int]] = {}
         for i, (row, keep) in enumerate(zip(rows, counts, strict=True)):
             if keep < len(row):
@@ -114,8 +127,8 @@ class RowSelection:
             if whole.shape[-1] > self.width:
                 added = whole[..., self.width :]
                 left = torch.cat([left, added.gather(1, kept[..., None].expand(-1, -1, added.shape[-1]))], dim=-1)
-            for i, row in zip(which, left, strict=True):
-                out[i] = row
+            for i, row, own in zip(which, left, kept, strict=True):
+                out[i] = row if places is None else torch.cat([row, places[i].to(row)[own]], dim=1)
         self.counters.count_tokens(0, sum(map(len, rows)), sum(map(len, out)))
         if not self.planner.profile.inside:
             self.counters.images += len(out)

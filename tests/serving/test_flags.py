@@ -12,9 +12,8 @@ import pytest
 from eos_vllm.cli.server_process import vllm_command
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.models.tiny import write_tiny_model
+from support.flags import BASE, configure, refused
 from support.profiles import make_profile
-
-BASE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
 
 
 @pytest.fixture(scope="module")
@@ -22,26 +21,6 @@ def profile_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("profiles") / "theta.json"
     path.write_text(json.dumps(make_profile().to_dict()))
     return path
-
-
-def configure(model: Path, flags: list[str]) -> Any:
-    """What ``vllm serve model flags`` does up to the engine's configuration."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    args = parser.parse_args(["--model", str(model), *BASE, *flags])
-    return AsyncEngineArgs.from_cli_args(args).create_engine_config()
-
-
-def refused(model: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which the flags are refused."""
-    with pytest.raises(SystemExit) as error:
-        configure(model, flags)
-    assert error.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eos-vllm: error:")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_good_flags_reach_every_process_by_one_place(tiny_model: Path, profile_file: Path) -> None:
@@ -153,7 +132,7 @@ def test_bad_flags(
 def test_a_compiler_that_would_take_the_whole_forward_pass(
     tiny_model: Path, profile_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "BASE", [flag for flag in BASE if flag != "--enforce-eager"])
+    monkeypatch.setattr("support.flags.BASE", [flag for flag in BASE if flag != "--enforce-eager"])
     flags = ["--eos-profile", str(profile_file), "--compilation-config", '{"mode": 1}']
     assert "compilation-config.mode" in refused(tiny_model, flags, capsys)
 

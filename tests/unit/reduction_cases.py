@@ -74,9 +74,7 @@ def run_batched(requests: list[Request], profile: Profile) -> list[Outcome]:
             for name in ("added", "query", "key")
         )
         params = profile.operator_params(s)
-        hidden, source = reduce_tokens(
-            hidden + added, query, key, step, weights, params, SCALE, image_text=image_text
-        )
+        hidden, source = reduce_tokens(hidden + added, query, key, step, weights, params, SCALE, image_text=image_text)
         position, owner = position[source], owner[source]
         image_text = None if image_text is None else image_text[source]
         for r in range(len(requests)):

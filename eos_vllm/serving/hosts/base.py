@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
 
 from eos_vllm.serving.contract import check_contract
+from eos_vllm.serving.hosts import host_of
 from eos_vllm.serving.metrics import Counters
 from eos_vllm.serving.model import Reduction
 from eos_vllm.serving.options import planner_of
@@ -31,7 +32,7 @@ class EosHostMixin:
         self.eos_before: Preselection | RowSelection | None = None
         if planner is None:
             return
-        check_contract("worker")
+        check_contract("worker", host_of(vllm_config.model_config).reliances)
         counters = Counters(len(planner.profile.reducers))
         if planner.profile.before is not None and self.eos_takes_images():
             self.eos_before = self.eos_selection(planner, vllm_config, counters)
@@ -59,6 +60,17 @@ class EosHostMixin:
     def eos_take_added(self, tokens: int) -> Sequence[torch.Tensor]:
         """What it adds in this step, ``[tokens, d]`` for each of those layers."""
         return ()
+
+    def eos_places(self, kwargs: dict[str, Any]) -> list[torch.Tensor] | None:
+        """Where the rows of each image of ``embed_multimodal``'s arguments stand, ``[N, channels]`` each.
+
+        None where positions say all there is. Selected rows carry these channels behind their features.
+        """
+        return None
+
+    def eos_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """The step's positions, where a selection decides on some."""
+        return positions
 
     def eos_images(self, kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
         """The part of ``embed_multimodal``'s arguments that belongs to images ``start`` to ``stop - 1``.
@@ -96,6 +108,7 @@ class EosHostMixin:
         **kwargs: Any,
     ) -> torch.Tensor | IntermediateTensors:
         """As vLLM's; hidden states of discarded tokens are zero, and no one reads them."""
+        positions = self.eos_positions(positions)
         if self.eos is None or not self.eos.is_needed():
             out = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore
             if self.eos is not None and isinstance(out, IntermediateTensors):

@@ -6,6 +6,7 @@ from typing import Any
 
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import Profile
+from eos_vllm.serving.contract import Reliance
 
 
 def nothing_else(profile: Profile, config: Any) -> None:
@@ -24,6 +25,7 @@ class Host:
         name: for people.
         language_models: kinds of language models (``model_type``) that reduction is proven for.
         check: raises a SettingError where a profile and the model's configuration do not go together.
+        reliances: names of vLLM's that the family's classes use beyond those of all.
         image_token: of a configuration, the token that stands for a visual one, where an image holds text as well;
             None where it holds none.
     """
@@ -32,6 +34,7 @@ class Host:
     language_models: Sequence[str]
     check: Callable[[Profile, Any], None] = nothing_else
     image_token: Callable[[Any], int | None] = all_visual
+    reliances: Sequence[Reliance] = ()
 
     def check_language_model(self, config: Any) -> None:
         """Whether reduction is proven for the language model of a configuration.

@@ -14,6 +14,7 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageProcessorItems
 
+from eos_vllm.serving.contract import Takes
 from eos_vllm.serving.hosts.base import EosHostMixin
 from eos_vllm.serving.hosts.host import Host, check_rows_selector
 from eos_vllm.serving.image_processor import EosProcessorMixin
@@ -83,4 +84,9 @@ def image_token(config: Any) -> int:
     return config.image_token_index
 
 
-HOST = Host("LLaVA-NeXT", ("mistral", "llama", "qwen2"), check_rows_selector, image_token)
+_INFO = "vllm.model_executor.models.llava_next:LlavaNextProcessingInfo"
+ROW_ENDS = (
+    Takes(f"{_INFO}._get_num_unpadded_features", ("original_height", "original_width", "npatches")),
+    Takes(f"{_INFO}.get_num_image_tokens", ("image_width", "image_height")),
+)
+HOST = Host("LLaVA-NeXT", ("mistral", "llama", "qwen2"), check_rows_selector, image_token, ROW_ENDS)

@@ -14,7 +14,7 @@ from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import Profile
 from eos_vllm.serving.hosts.base import EosHostMixin
 from eos_vllm.serving.hosts.host import Host, check_rows_selector
-from eos_vllm.serving.hosts.llava_next import RowEndsMixin, image_token
+from eos_vllm.serving.hosts.llava_next import ROW_ENDS, RowEndsMixin, image_token
 
 _TILING = "anyres_max_9"
 
@@ -42,4 +42,4 @@ def check(profile: Profile, config: Any) -> None:
     check_rows_selector(profile, config)
 
 
-HOST = Host("LLaVA-OneVision", ("qwen2",), check, image_token)
+HOST = Host("LLaVA-OneVision", ("qwen2",), check, image_token, ROW_ENDS)

@@ -8,6 +8,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from eos_vllm.serving.contract import Takes
 from eos_vllm.serving.hosts.host import Host, check_rows_selector
 from eos_vllm.serving.hosts.mrope import GridHostMixin, GridProcessorMixin
 
@@ -23,4 +24,14 @@ class EosQwen2_5_VLForConditionalGeneration(GridHostMixin, Qwen2_5_VLForConditio
     """vLLM's class with reducers."""
 
 
-HOST = Host("Qwen2.5-VL", ("qwen2_5_vl_text",), check_rows_selector)
+HOST = Host(
+    "Qwen2.5-VL",
+    ("qwen2_5_vl_text",),
+    check_rows_selector,
+    reliances=(
+        Takes(
+            "vllm.model_executor.models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions",
+            ("input_tokens", "mm_features"),
+        ),
+    ),
+)

@@ -12,6 +12,7 @@ from vllm.model_executor.models.qwen3_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from eos_vllm.serving.contract import Takes
 from eos_vllm.serving.hosts.host import Host, check_rows_selector
 from eos_vllm.serving.hosts.mrope import GridHostMixin, GridProcessorMixin
 
@@ -44,4 +45,15 @@ class EosQwen3VLForConditionalGeneration(GridHostMixin, Qwen3VLForConditionalGen
         return taken
 
 
-HOST = Host("Qwen3-VL", ("qwen3_vl_text",), check_rows_selector)
+_MODEL = "vllm.model_executor.models.qwen3_vl:Qwen3VLForConditionalGeneration"
+HOST = Host(
+    "Qwen3-VL",
+    ("qwen3_vl_text",),
+    check_rows_selector,
+    reliances=(
+        Takes(f"{_MODEL}.get_mrope_input_positions", ("input_tokens", "mm_features")),
+        Takes(f"{_MODEL}._get_deepstack_input_embeds", ("num_tokens",)),
+        Takes(f"{_MODEL}._clear_deepstack_input_embeds", ("num_tokens",)),
+        Takes("vllm.model_executor.models.qwen3_vl:Qwen3LLMModel.forward", ("positions", "deepstack_input_embeds")),
+    ),
+)
