@@ -36,6 +36,7 @@ TEXT: dict[str, Any] = {
 # A square of 56 pixels in patches of 7: 64 rows an image or tile, that of the class token left out.
 _TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIDE, PATCH = 56, 7
+ROWS = (SIDE // PATCH) ** 2
 CLIP = {"model_type": "clip_vision_model", "image_size": SIDE, "patch_size": PATCH, "projection_dim": 64, **_TOWER}
 SIGLIP = {"model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": PATCH, **_TOWER}
 SIGLIP["vision_use_head"] = False
@@ -60,7 +61,7 @@ def llava(language: str) -> tuple[Any, Any]:
         vision_config=CLIP,
         text_config=TEXT | {"model_type": language},
         image_token_index=IMAGE,
-        image_seq_length=(SIDE // PATCH) ** 2,
+        image_seq_length=ROWS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
@@ -77,7 +78,7 @@ def llava_next() -> tuple[Any, Any]:
         vision_config=CLIP,
         text_config=TEXT | {"model_type": "mistral", "sliding_window": None},
         image_token_index=IMAGE,
-        image_seq_length=(SIDE // PATCH) ** 2,
+        image_seq_length=ROWS,
         image_grid_pinpoints=NEXT_TILINGS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -113,7 +114,7 @@ def llava_onevision() -> tuple[Any, Any]:
         hf.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=ONEVISION_TILINGS),
         chats.ONEVISION.tokenizer(),
         hf.LlavaOnevisionVideoProcessor(size=square),
-        num_image_tokens=(SIDE // PATCH) ** 2,
+        num_image_tokens=ROWS,
         image_token="<image>",
         video_token="<video>",
         chat_template=chats.ONEVISION.template,
@@ -196,7 +197,7 @@ class Family:
     Attributes:
         has_video: whether vLLM's processor takes videos, too, which tests switch off.
         mrope: whether positions have three rows.
-        newlines: whether rows of an image's span may be newlines.
+        visual_tokens: of every image; None where their number follows from its size.
     """
 
     make: Callable[[], tuple[Any, Any]]
@@ -205,7 +206,7 @@ class Family:
     names: tuple[tuple[str, str], ...] = LLAVA_NAMES
     has_video: bool = False
     mrope: bool = False
-    newlines: bool = False
+    visual_tokens: int | None = None
 
     @property
     def image_limits(self) -> dict[str, int]:
@@ -216,11 +217,11 @@ class Family:
 _LLAVA, _NEXT = "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"
 _ONEVISION, _QWEN2_5 = "LlavaOnevisionForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"
 FAMILIES: dict[str, Family] = {
-    "llava-llama": Family(lambda: llava("llama"), _LLAVA, chats.VICUNA),
-    "llava-mistral": Family(lambda: llava("mistral"), _LLAVA, chats.VICUNA),
-    "llava-qwen2": Family(lambda: llava("qwen2"), _LLAVA, chats.VICUNA),
-    "llava-next": Family(llava_next, _NEXT, chats.MISTRAL, newlines=True),
-    "llava-onevision": Family(llava_onevision, _ONEVISION, chats.ONEVISION, has_video=True, newlines=True),
+    "llava-llama": Family(lambda: llava("llama"), _LLAVA, chats.VICUNA, visual_tokens=ROWS),
+    "llava-mistral": Family(lambda: llava("mistral"), _LLAVA, chats.VICUNA, visual_tokens=ROWS),
+    "llava-qwen2": Family(lambda: llava("qwen2"), _LLAVA, chats.VICUNA, visual_tokens=ROWS),
+    "llava-next": Family(llava_next, _NEXT, chats.MISTRAL),
+    "llava-onevision": Family(llava_onevision, _ONEVISION, chats.ONEVISION, has_video=True),
     "qwen2.5-vl": Family(qwen2_5_vl, _QWEN2_5, chats.QWEN2_5, QWEN2_5_NAMES, has_video=True, mrope=True),
     "qwen3-vl": Family(qwen3_vl, "Qwen3VLForConditionalGeneration", chats.QWEN3, (), has_video=True, mrope=True),
 }

@@ -28,7 +28,9 @@ def whole_blocks(total: int, keep: int, text: int, block: int) -> int:
     return total - text - gone * block
 
 
-def expected_counts(profile: Mapping[str, Any], share: float, visual: int, text: int = 0, block: int = 32) -> list[int]:
+def expected_counts(
+    profile: Mapping[str, Any], share: float, visual: int, text: int = 0, is_last: bool = False, block: int = 32
+) -> list[int]:
     """Visual tokens left of an image by each reducer.
 
     Args:
@@ -36,6 +38,7 @@ def expected_counts(profile: Mapping[str, Any], share: float, visual: int, text:
         share: the budget over the image's visual tokens.
         visual: the image's visual tokens.
         text: its places that are text.
+        is_last: whether the prompt ends in one of its visual tokens, which the sampler reads.
         block: tokens of a KV block.
     """
     assert profile["budget"]["measure"] == "final"
@@ -55,6 +58,6 @@ def expected_counts(profile: Mapping[str, Any], share: float, visual: int, text:
             visual, shares = keep, [s / cumulative_shares(profile)[0] for s in shares]
     length = counts[0] if before else visual + text
     for s in shares:
-        keep = max(least, math.floor(visual * s**power + 0.5)) if s > 0 else 0
+        keep = max(least, math.floor(visual * s**power + 0.5)) if s > 0 else int(is_last)
         counts.append(whole_blocks(length, min(keep, length - text), text, block))
     return counts

@@ -1,12 +1,13 @@
 """What a Hugging Face model of any family gives its decoder: embeddings, positions, deepstack features, image spans."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 @dataclass
@@ -30,6 +31,10 @@ class Tokens:
     image: Tensor
     row: Tensor
     added: list[Tensor]
+
+    def copy(self) -> "Tokens":
+        """The same tokens, to be reduced apart from these."""
+        return replace(self, image=self.image.clone(), added=list(self.added))
 
     def keep(self, stays: Tensor) -> None:
         """Drops tokens; ``stays`` ``[n]`` bool."""
@@ -59,45 +64,64 @@ class Prompt:
     next_position: int
 
 
-@torch.no_grad()
-def embed(model: Any, processor: Any, image_text: str, text: str, images: Sequence[Image.Image]) -> Prompt:
-    """Runs processor and tower, and catches what the model calls its decoder with.
-
-    Args:
-        model: of any family.
-        processor: its own.
-        image_text: what stands for one image in a prompt.
-        text: the prompt.
-        images: in its order.
-    """
-    inputs = processor(text=[text], images=list(images) or None, return_tensors="pt")
-    call: dict[str, Any] = {}
-    decoder = model.model.language_model
-    hook = decoder.register_forward_pre_hook(lambda _, __, named: call.update(named), with_kwargs=True)
-    model(**inputs, use_cache=False, logits_to_keep=1)
-    hook.remove()
-    ids, hidden, positions = inputs["input_ids"][0], call["inputs_embeds"][0], call.get("position_ids")
-    if positions is None:
-        positions = torch.arange(len(ids))[None]
-    added = []
-    for features in call.get("deepstack_visual_embeds") or ():
-        added.append(torch.zeros_like(hidden))
-        added[-1][call["visual_pos_masks"][0]] = features
-    lengths = [_length(model, processor, image_text, image) for image in images]
-    visual = ids == model.config.image_token_id
-    image, row = torch.full_like(ids, -1), torch.full_like(ids, -1)
-    image[visual] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
-    row[visual] = torch.tensor([r for length in lengths for r in range(length)], dtype=torch.long)
-    starts = [int((image == i).nonzero()[0, 0]) for i in range(len(lengths))]
-    spans = tuple((start, start + length) for start, length in zip(starts, lengths, strict=True))
-    newline = getattr(model.model, "image_newline", torch.full_like(hidden[0], torch.nan))
-    is_newline = (hidden == newline).all(dim=1)
-    newlines = tuple(tuple(is_newline[start:end].nonzero()[:, 0].tolist()) for start, end in spans)
-    tokens = Tokens(ids, hidden, positions, torch.arange(len(ids)), image, row, added)
-    return Prompt(tokens, spans, newlines, int(positions.max()) + 1)
+class _ReachedDecoderError(Exception):
+    """The decoder was called; nothing more is wanted."""
 
 
-def _length(model: Any, processor: Any, image_text: str, image: Image.Image) -> int:
-    """Tokens of an image, alone: spans of images that touch cannot be told by their ids."""
-    inputs = processor(text=[image_text], images=[image], return_tensors="pt")
-    return int((inputs["input_ids"] == model.config.image_token_id).sum())
+class HfModel:
+    """A model of any family with its processor, attention weights in reach."""
+
+    def __init__(self, directory: Any, image_text: str) -> None:
+        """Loads a model from ``directory``; ``image_text`` stands for one image in its prompts."""
+        load = AutoModelForImageTextToText.from_pretrained
+        self.model: Any = load(directory, dtype=torch.float32, attn_implementation="eager").eval()
+        self.processor: Any = AutoProcessor.from_pretrained(directory)
+        self.decoder: Any = self.model.model.language_model
+        self.image_text = image_text
+
+    def process(self, text: str, images: Sequence[Image.Image]) -> Any:
+        """Inputs of the model for a prompt and its images, in its order."""
+        return self.processor(text=[text], images=list(images) or None, return_tensors="pt")
+
+    @torch.no_grad()
+    def embed(self, text: str, images: Sequence[Image.Image]) -> Prompt:
+        """Runs processor and tower, and catches what the model calls its decoder with."""
+        inputs = self.process(text, images)
+        call = self._decoder_call(inputs)
+        ids, hidden, positions = inputs["input_ids"][0], call["inputs_embeds"][0], call.get("position_ids")
+        if positions is None:
+            positions = torch.arange(len(ids))[None]
+        added = []
+        for features in call.get("deepstack_visual_embeds") or ():
+            added.append(torch.zeros_like(hidden))
+            added[-1][call["visual_pos_masks"][0]] = features
+        # Of each image alone: spans that touch cannot be told by their ids.
+        image_id = self.model.config.image_token_id
+        lengths = [int((self.process(self.image_text, [one])["input_ids"] == image_id).sum()) for one in images]
+        visual = ids == image_id
+        image, row = torch.full_like(ids, -1), torch.full_like(ids, -1)
+        image[visual] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+        row[visual] = torch.tensor([r for length in lengths for r in range(length)], dtype=torch.long)
+        starts = [int((image == i).nonzero()[0, 0]) for i in range(len(lengths))]
+        spans = tuple((start, start + length) for start, length in zip(starts, lengths, strict=True))
+        newline = getattr(self.model.model, "image_newline", torch.full_like(hidden[0], torch.nan))
+        is_newline = (hidden == newline).all(dim=1)
+        newlines = tuple(tuple(is_newline[start:end].nonzero()[:, 0].tolist()) for start, end in spans)
+        tokens = Tokens(ids, hidden, positions, torch.arange(len(ids)), image, row, added)
+        return Prompt(tokens, spans, newlines, int(positions.max()) + 1)
+
+    def _decoder_call(self, inputs: Any) -> dict[str, Any]:
+        call: dict[str, Any] = {}
+
+        def catch(_: Any, __: Any, named: dict[str, Any]) -> NoReturn:
+            call.update(named)
+            raise _ReachedDecoderError
+
+        hook = self.decoder.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self.model(**inputs, use_cache=False)
+        except _ReachedDecoderError:
+            return call
+        finally:
+            hook.remove()
+        raise AssertionError("the model never called its decoder")

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import DynamicCache
 
 from support.families import plain
-from support.families.prompts import Tokens, embed
+from support.families.prompts import HfModel, Prompt, Tokens
 
 # Places among an image's visual tokens, ascending, and the scores of all of them ``[N]``, for a count.
 Choice = tuple[list[int], Tensor]
@@ -47,49 +46,36 @@ class Answer:
 
 
 class Reference:
-    """A family's model and processor, and perhaps a profile."""
+    """A family's model, and perhaps a profile."""
 
-    def __init__(
-        self,
-        directory: Any,
-        image_text: str,
-        profile: Mapping[str, Any] | None = None,
-        marker: Sequence[int] = (),
-    ) -> None:
-        """Loads a model.
+    def __init__(self, hf: HfModel, profile: Mapping[str, Any] | None = None, marker: Sequence[int] = ()) -> None:
+        """Takes a loaded model.
 
         Args:
-            directory: the model's.
-            image_text: what stands for one image in a prompt.
+            hf: the model.
             profile: content of an ``eos-profile`` file, with ``operator`` and ``importance`` in full.
             marker: tokens of the chat template's generation prompt; windows of kind ``turn`` end behind them.
         """
-        load = AutoModelForImageTextToText.from_pretrained
-        self.model: Any = load(directory, dtype=torch.float32, attn_implementation="eager").eval()
-        self.processor: Any = AutoProcessor.from_pretrained(directory)
-        self.decoder: Any = self.model.model.language_model
-        self.image_text, self.profile, self.marker = image_text, profile or {}, list(marker)
+        self.model, self.decoder = hf.model, hf.decoder
+        self.profile, self.marker = profile or {}, list(marker)
 
     @torch.no_grad()
-    def generate(
-        self, text: str, images: Sequence[Image.Image], counts: Sequence[Sequence[int]], max_tokens: int
-    ) -> Answer:
+    def generate(self, prompt: Prompt, counts: Sequence[Sequence[int]], max_tokens: int) -> Answer:
         """Answers greedily.
 
         Args:
-            text: the prompt.
-            images: in prompt order.
+            prompt: from :meth:`HfModel.embed`.
             counts: for each image the visual tokens left by each reducer of the profile, in its order.
             max_tokens: answers are as long.
         """
-        prompt = embed(self.model, self.processor, self.image_text, text, images)
-        tokens, spans, position = prompt.tokens, list(prompt.spans), prompt.next_position
+        tokens, spans, position = prompt.tokens.copy(), list(prompt.spans), prompt.next_position
+        images = len(spans)
         reducers = list(self.profile.get("reducers", ())) if images else []
         wanted = [[of[r] for of in counts] for r in range(len(reducers))]
         kept: list[list[list[int]]] = []
         if reducers and reducers[0]["layer"] == -1:
             position = self._reduce_before(tokens, spans, reducers[0], wanted[0], position)
-            kept.append(tokens.rows(len(images)))
+            kept.append(tokens.rows(images))
         else:
             for i, rows in enumerate(prompt.newlines):
                 tokens.image[(tokens.image == i) & torch.isin(tokens.row, torch.tensor(rows))] = -1
@@ -104,7 +90,7 @@ class Reference:
                 tokens.hidden = tokens.hidden + tokens.added[index]
             if index in after:
                 self._reduce(tokens, seen[0], queries, reducers[after[index]], wanted[after[index]])
-                kept.append(tokens.rows(len(images)))
+                kept.append(tokens.rows(images))
         rows = tokens.positions.shape[:-1]
         answer, first = self._answer(tokens.hidden[-1:], cache, rows, position, max_tokens)
         return Answer(answer, first, kept, lengths)
