@@ -234,6 +234,7 @@ class Planner:
         marker: Sequence[int] = (),
         example: int | None = None,
         image_token: int | None = None,
+        elastic: tuple[RetainBudget, RetainBudget] | None = None,
     ) -> None:
         """Plans by ``profile``.
 
@@ -246,11 +247,13 @@ class Planner:
                 and trial requests are about it.
             image_token: what stands for a visual token in a prompt, where other tokens within an image are text; None
                 where all of an image is visual.
+            elastic: floor and ceiling, where a server chooses each request's budget by its load.
         """
         self.profile = profile
         self.budget = own_budget(profile) if budget is None else budget
         self.example = profile.model.visual_tokens or example
         self.image_token = image_token
+        self.elastic = elastic
         self.block = block
         self.rule = WindowRule(profile.window, tuple(marker))
         self.withdraws = isinstance(profile.reducers[-1], Withdrawal)

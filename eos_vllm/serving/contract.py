@@ -142,6 +142,7 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Takes(f"{_SCHEDULER}.schedule", ("self",)),
         Takes(f"{_SCHEDULER}.add_request", ("self", "request")),
         Takes(f"{_SCHEDULER}._free_blocks", ("self", "request")),
+        Takes(f"{_SCHEDULER}._free_request", ("self", "request")),
         Takes(f"{_SCHEDULER}._get_local_prefix_cache_hit", ("self", "request")),
         Takes(
             f"{_SCHEDULER}._try_schedule_encoder_inputs",

@@ -86,6 +86,13 @@ def _with_flags(add_cli_args: Callable) -> Callable:
             'A request may give its own as vllm_xargs: {"eos_retain": N}.',
         )
         group.add_argument(
+            "--eos-elastic",
+            default=None,
+            metavar="FLOOR:CEILING",
+            help="Choose the budget of each request that names none by the load when it arrives, between these two, "
+            'such as 64:192. A request may give a floor of its own as vllm_xargs: {"eos_retain_min": N}.',
+        )
+        group.add_argument(
             "--eos-exact-counts",
             action="store_true",
             help="Keep exactly the profile's counts instead of rounding what is removed to whole KV blocks; the KV of "
@@ -101,13 +108,14 @@ def _with_values(from_cli_args: Callable) -> Callable:
     def wrapped(cls: type, args: Any) -> Any:
         engine_args = from_cli_args(cls, args)
         profile, retain = getattr(args, "eos_profile", None), getattr(args, "eos_retain", None)
-        if profile is None and retain is None:
+        elastic = getattr(args, "eos_elastic", None)
+        if profile is None and retain is None and elastic is None:
             return engine_args
         engine_args.eos_from_cli = True
         engine_args.eos_chat_template = getattr(args, "chat_template", None)
         try:
             exact = bool(getattr(args, "eos_exact_counts", False))
-            options = resolve_options({"profile": profile, "retain": retain, "exact_counts": exact})
+            options = resolve_options({"profile": profile, "retain": retain, "elastic": elastic, "exact_counts": exact})
         except EosError as e:
             _exit(e)
         engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: options}

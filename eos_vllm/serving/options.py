@@ -8,13 +8,14 @@ from eos_vllm.core.budget import parse_budget, plain
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.plan import Planner
 from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.serving.elastic import FLAG, parse_range
 from eos_vllm.serving.sources import load_profile
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "eos"
-_FIELDS = {"profile", "retain", "source", "marker", "exact_counts", "example", "image_token"}
+_FIELDS = {"profile", "retain", "source", "marker", "exact_counts", "example", "image_token", "elastic"}
 _ANY = 1024
 
 
@@ -26,8 +27,9 @@ def resolve_options(raw: Any) -> dict[str, Any]:
 
     Returns:
         Plain data with ``profile`` (dict), ``source`` (str), ``retain`` (int or None), ``exact_counts`` (bool),
-        ``marker`` (tokens of the chat template's generation prompt, None where not looked for yet), and what is found
-        out of the model: ``example`` (tokens of its largest image) and ``image_token``. Resolving twice is harmless.
+        ``marker`` (tokens of the chat template's generation prompt, None where not looked for yet), ``elastic`` (floor
+        and ceiling), and what is found out of the model: ``example`` (tokens of its largest image) and ``image_token``.
+        Resolving twice is harmless.
 
     Raises:
         SettingError, ProfileError, BudgetError: one line each.
@@ -43,6 +45,18 @@ def resolve_options(raw: Any) -> dict[str, Any]:
     retain = None if raw.get("retain") is None else parse_budget(raw["retain"], "eos-retain")
     # Of an image of any size, whatever one: shares can be met for all or none.
     Planner(profile, retain, example=_ANY).counts()
+    elastic = None
+    if raw.get("elastic") is not None:
+        given = raw["elastic"]
+        elastic = [plain(b) for b in parse_range(given if isinstance(given, str) else ":".join(map(str, given)))]
+        if retain is not None and plain(retain) != elastic[1]:
+            raise SettingError("eos-retain", raw["retain"], "--eos-elastic chooses the budget", "leave one of them out")
+        if profile.before is not None:
+            problem = "with layer -1 a prompt is rendered before the scheduler sees the request"
+            raise SettingError(FLAG, raw["elastic"], problem, "leave it out, or reduce in the decoder only")
+        for budget in elastic:
+            Planner(profile, parse_budget(budget), example=_ANY).counts()
+        retain = parse_budget(elastic[1])  # what reports and front ends think of
     source = raw.get("source") or (raw["profile"] if isinstance(raw["profile"], str) else profile.name)
     marker = raw.get("marker")
     if marker is not None and not (isinstance(marker, list | tuple) and all(isinstance(m, int) for m in marker)):
@@ -51,6 +65,7 @@ def resolve_options(raw: Any) -> dict[str, Any]:
         "profile": profile.to_dict(),
         "source": source,
         "retain": None if retain is None else plain(retain),
+        "elastic": elastic,
         "example": raw.get("example"),
         "image_token": raw.get("image_token"),
         "exact_counts": bool(raw.get("exact_counts", False)),
@@ -84,7 +99,8 @@ def _planner(options: str, block_size: int) -> Planner:
     profile: Profile = parse_profile(data["profile"], data["source"])
     retain = None if data["retain"] is None else parse_budget(data["retain"])
     block = 1 if data["exact_counts"] else block_size
-    return Planner(profile, retain, block, data["marker"] or (), data["example"], data["image_token"])
+    elastic = None if data["elastic"] is None else tuple(map(parse_budget, data["elastic"]))
+    return Planner(profile, retain, block, data["marker"] or (), data["example"], data["image_token"], elastic)
 
 
 def reads_cached_keys(vllm_config: "VllmConfig") -> bool:

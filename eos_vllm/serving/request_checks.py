@@ -14,6 +14,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from eos_vllm.core.budget import REQUEST_FIELD
 from eos_vllm.core.errors import BudgetError
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
+from eos_vllm.serving.elastic import least_of
 from eos_vllm.serving.image_budget import check_image_tokens, install_image_budget, join_budgets, pass_budget_on
 from eos_vllm.serving.image_processor import budget_for_rendering
 from eos_vllm.serving.options import planner_of
@@ -153,6 +154,7 @@ def check_params(planner: Planner, params: Any) -> None:
     if not isinstance(params, SamplingParams):
         return
     try:
+        least_of(params.extra_args, planner)
         budget = budget_of(params)
         if isinstance(budget, int) and planner.profile.model.visual_tokens is None and planner.profile.before is None:
             return  # whether it can be met depends on the image

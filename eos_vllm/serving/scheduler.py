@@ -8,13 +8,17 @@ from vllm.v1.core.sched import output
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from eos_vllm.core.plan import RequestPlan
+from eos_vllm.core.budget import REQUEST_FIELD, TEXT_TOKENS, plain
+from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 from eos_vllm.serving.contract import check_contract
 from eos_vllm.serving.coordinator import adopt
 from eos_vllm.serving.counting import count_selected
+from eos_vllm.serving.elastic import Elastic, least_of, levels
+from eos_vllm.serving.kv_cache import planned_blocks
 from eos_vllm.serving.metrics import Counters, pack_stats
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.prefix_cache import RequestKeys
@@ -46,6 +50,8 @@ class EosSchedulerMixin(Scheduler):
         self._counted: set[str] = set()
         self._selects = planner.profile.before is not None
         self._unreduced: set[str] = set()  # requests whose images are not all in
+        self.chosen: dict[str, int | str] = {}
+        self.elastic = elastic_of(planner, self.kv_cache_config)
         logger.info("eos: %s", startup_report(planner, self.vllm_config, self.kv_cache_config))
 
     def add_request(self, request: Request) -> None:
@@ -53,6 +59,8 @@ class EosSchedulerMixin(Scheduler):
         name = request.request_id
         if name not in self.requests:
             plan = None
+            if self.elastic is not None and request.mm_features:
+                self._choose_budget(self.elastic, request)
             if request.mm_features:
                 plan = plan_of_features(
                     self.planner, request.prompt_token_ids or (), request.mm_features, request.sampling_params
@@ -64,6 +72,26 @@ class EosSchedulerMixin(Scheduler):
             if self.cache_config.enable_prefix_caching:
                 self.keys[name] = RequestKeys(request, plan, self.block_size, self.hasher, self.planner.block > 1)
         super().add_request(request)
+
+    def _choose_budget(self, elastic: Elastic, request: Request) -> None:
+        """Writes a budget into a request that names none; the worker reads it there."""
+        params = request.sampling_params
+        extra = params.extra_args if params is not None else None
+        if params is None or (extra and REQUEST_FIELD in extra):
+            return
+        behind = len(self.waiting) + sum(r.num_computed_tokens < r.num_prompt_tokens for r in self.running)
+        images = [feature.identifier for feature in request.mm_features if feature.modality == "image"]
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        budget = plain(elastic.choose(behind, free, images, least_of(extra, self.planner)))
+        params.extra_args = {**(extra or {}), REQUEST_FIELD: budget}
+        self.chosen[request.request_id] = budget
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; tells the client which budget was chosen, in the response's ``kv_transfer_params``."""
+        kv_params, *others = super()._free_request(request, *args, **kwargs)
+        if (budget := self.chosen.pop(request.request_id, None)) is not None:
+            kv_params = {**(kv_params or {}), REQUEST_FIELD: budget}
+        return (kv_params, *others)
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; tells the coordinator whose blocks it looks for."""
@@ -147,6 +175,17 @@ class EosSchedulerMixin(Scheduler):
         self.plans.pop(request.request_id, None)
         self.keys.pop(request.request_id, None)
         self._unreduced.discard(request.request_id)
+
+
+def elastic_of(planner: Planner, kv_cache_config: KVCacheConfig) -> Elastic | None:
+    """The controller that the options ask for, with what an image costs at each of its budgets."""
+    if planner.elastic is None:
+        return None
+    budgets = levels(planner, *planner.elastic)
+    tokens = planner.visual_tokens + TEXT_TOKENS
+    span = ImageSpan(0, planner.visual_tokens)
+    plans = [planner.plan(planner.trial_prompt(tokens, span), [span], budget) for budget in budgets]
+    return Elastic(budgets, [sum(planned_blocks(kv_cache_config, plan, tokens)) for plan in plans])
 
 
 def keep_covered_images() -> None:
