@@ -55,10 +55,10 @@ def rendered(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(_rendered(name)))
 
 
-def one(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """The only object of that kind."""
-    found = [o for o in objects if o["kind"] == kind]
-    assert len(found) == 1, f"{len(found)} objects of kind {kind}"
+def one(objects: list[dict[str, Any]], kind: str, name: str = "eos-vllm") -> dict[str, Any]:
+    """The object of that kind and name."""
+    found = [o for o in objects if (o["kind"], o["metadata"]["name"]) == (kind, name)]
+    assert len(found) == 1, f"{len(found)} objects {kind} {name}"
     return found[0]
 
 

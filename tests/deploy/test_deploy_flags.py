@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy_files import OVERLAYS, ROOT, container, instructions, load, rendered, server_commands, supervisor
+from deploy_files import OVERLAYS, ROOT, container, instructions, load, one, rendered, server_commands, supervisor
 from packaging.specifiers import SpecifierSet
 
 from eos_vllm import profiles
@@ -77,11 +77,22 @@ def test_flags_of_the_router_exist() -> None:
     parser = argparse.ArgumentParser()
     arguments.RouterArgs.add_cli_args(parser)
     compose = load("compose/compose.yaml")["services"]["router"]["command"]
+    manifest = load("kubernetes/components/router/deployment.yaml")["spec"]["template"]["spec"]["containers"][0]["args"]
     local = shlex.split(supervisor()["program:router"]["command"])
-    for command in (compose, local[local.index("vllm_router.launch_router") + 1 :]):
-        parsed = parser.parse_args(command)
-        assert len(parsed.worker_urls) == 2
-        assert parsed.policy == "consistent_hash"
+    parsed = [parser.parse_args(c) for c in (compose, local[local.index("vllm_router.launch_router") + 1 :], manifest)]
+    assert [len(p.worker_urls) for p in parsed] == [2, 2, 0]
+    assert {p.policy for p in parsed} == {"consistent_hash"}
+    # A replica that ended must cost no request: what differs from the router's defaults is the same everywhere.
+    same = (
+        "health_check_interval_secs",
+        "health_failure_threshold",
+        "cb_failure_threshold",
+        "cb_timeout_duration_secs",
+    )
+    assert len({tuple(getattr(p, name) for name in same) for p in parsed}) == 1
+    assert parsed[2].service_discovery
+    labels = one(rendered("gpu"), "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert dict(label.split("=") for label in parsed[2].selector).items() <= labels.items()
 
 
 def environments() -> dict[str, Callable[[], dict[str, str]]]:
@@ -137,6 +148,8 @@ def test_the_router_is_the_one_that_is_tested() -> None:
     (pinned,) = (r for r in PROJECT["project"]["optional-dependencies"]["deploy"] if r.startswith("vllm-router"))
     assert f"pip install --no-cache-dir {pinned}" in dict(instructions("Containerfile.router"))["RUN"]
     assert load("compose/compose.yaml")["services"]["router"]["image"] == pinned.replace("==", ":")
+    (image,) = load("kubernetes/components/router/kustomization.yaml")["images"]
+    assert f"{image['name']}=={image['newTag']}" == pinned
 
 
 def test_the_servers_here_are_those_of_the_image() -> None:

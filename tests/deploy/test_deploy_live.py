@@ -1,12 +1,16 @@
 """One live server of the embedded model, started as the image starts it: what dashboard and alerts read; its end."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
+import tomllib
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +20,7 @@ from typing import Any
 import openai
 import pytest
 import yaml
-from deploy_files import DEPLOY, image_command, load, tool
+from deploy_files import DEPLOY, ROOT, image_command, load, tool
 from prometheus_client.parser import text_string_to_metric_families
 
 from eos_vllm.cli.server_process import Server, free_port, serve
@@ -33,17 +37,38 @@ OF_PROMETHEUS = {"up", "ALERTS"}
 # Rates of these are 0 over 0 where nothing was counted within the window.
 SECONDS_OF_TRAFFIC = 12.0
 DRAIN = "30"
+KEY = "a key"
+# vLLM's own, that stand in its middleware.
+GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("live") / "log"
-    with serve(embedded.path(), [*image_command()[1:], "--shutdown-timeout", DRAIN], log) as running:
+    variables = container_variables() | {"VLLM_API_KEY": KEY}
+    with serve(embedded.path(), [*image_command()[1:], "--shutdown-timeout", DRAIN], log, variables) as running:
         yield running
 
 
+def container_variables() -> dict[str, str]:
+    """Plugins and settings as the manifests give them."""
+    variables = load("kubernetes/base/deployment.yaml")["spec"]["template"]["spec"]["containers"][0]["env"]
+    return {v["name"]: v["value"] for v in variables if "value" in v}
+
+
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+
+
+def post(server: Server, path: str, body: dict[str, Any], **headers: str) -> int:
+    """Status of a POST."""
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.url}{path}", data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status
+    except urllib.error.HTTPError as e:
+        return e.code
 
 
 def ask(server: Server, number: int, turns: int = 2) -> None:
@@ -138,6 +163,37 @@ def test_nothing_fires_at_a_server_that_is_well(prometheus: Prometheus) -> None:
     assert prometheus.query('ALERTS{alertname!=""}') == []
     for alert in ALERTS:
         assert prometheus.query(alert["expr"]) == [], alert["alert"]
+
+
+def test_the_security_page_names_all_that_is_open(server: Server) -> None:
+    """What vLLM's key does not guard, inference included, is what docs/security.md says it is."""
+    paths = json.loads(server.text("/openapi.json"))["paths"]
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    table = [row for row in page.splitlines() if row.startswith("| `/")]
+    named = {path for row in table for path in re.findall(r"`(/[\w/]+)`", row.split("|")[1])}
+    assert {p for p in paths if not p.startswith(GUARDED)} <= named
+    body = {"model": "embedded", "messages": [{"role": "user", "content": "Yes?"}], "max_tokens": 2}
+    assert post(server, "/v1/chat/completions", body) == 401
+    assert post(server, "/v1/chat/completions", body, Authorization=f"Bearer {KEY}") == 200
+    assert post(server, "/invocations", body) == 200
+
+
+def test_readiness(server: Server) -> None:
+    """The manifests' probe, at the real endpoint."""
+    if "vllm.endpoint_plugins" not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]:
+        pytest.skip("this version has no endpoint /eos/status yet")
+    script = DEPLOY / "kubernetes" / "base" / "ready.py"
+    variables = {"EOS_STATUS_URL": f"{server.url}/eos/status", "PATH": os.environ["PATH"]}
+
+    def probe(**more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-I", script], env=variables | more, capture_output=True, text=True, check=False
+        )
+
+    assert probe(VLLM_API_KEY=KEY).returncode == 0
+    refused = probe()
+    assert refused.returncode == 1
+    assert "401" in refused.stdout
 
 
 def test_a_request_under_way_survives_the_end(server: Server) -> None:
