@@ -1,12 +1,16 @@
 """Alerts that really fire: breaks a replica of ``make up`` on purpose, under traffic, and mends it again.
 
 ``make drill``, or ``python deploy/local/drill.py`` (about a quarter of an hour, for the alerts' own delays are waited
-for). Prints one line for each change; exit code 0 when both alerts fired for the broken replica, none for the other,
-and all cleared.
+for). Prints one line for each change; exit code 0 when the alerts fired for the broken replica, none for the other, and
+all cleared.
 """
 
+import importlib.util
 import itertools
 import json
+import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -118,8 +122,49 @@ def replace(program: str, by: str, traffic: Traffic) -> None:
     say(f"requests until then: {traffic.take()}")
 
 
+def ready() -> str:
+    """What the readiness probe of the manifests says of replica 2."""
+    variables = {**os.environ, "EOS_STATUS_URL": f"http://{BROKEN}/eos/status"}
+    probe = [sys.executable, str(stack.HERE.parent / "kubernetes" / "base" / "ready.py")]
+    done = subprocess.run(probe, env=variables, capture_output=True, text=True, check=False)
+    return f"exit code {done.returncode} {done.stdout.strip()}".strip()[:300]
+
+
+def call(method: str, *arguments: str) -> None:
+    """Calls a method of replica 2's worker."""
+    body = json.dumps({"method": method, "args": arguments}).encode()
+    request = urllib.request.Request(f"http://{BROKEN}/collective_rpc", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30):
+        pass
+
+
+def break_the_proof(traffic: Traffic) -> None:
+    """Fault 3: a layer of a running worker attends as vLLM's own, as another plugin's patch might make it."""
+    if importlib.util.find_spec("eos_vllm.serving.endpoints") is None:
+        say("fault 3 is left out: this version has no /eos/status")
+        return
+    sys.path.append(str(stack.HERE.parents[1] / "tests"))
+    from support import broken_proof
+
+    shutil.rmtree(stack.FOLDER / "plugins", ignore_errors=True)
+    broken_proof.install(stack.FOLDER / "plugins")
+    say("fault 3: one attention layer of replica 2's worker is put back to vLLM's own while it serves")
+    replace("replica-2", "replica-2-breakable", traffic)
+    stack.wait_until_up(stack.REPLICAS[1])
+    say(f"readiness: {ready()}")
+    call("eos_break", "attention")
+    say(f"broken; readiness: {ready()}")
+    wait_for("EosProofLost", True, 120)
+    say(f"readiness: {ready()}")
+    call("eos_mend")
+    wait_for("EosProofLost", False, 120)
+    say(f"mended; readiness: {ready()}")
+    replace("replica-2-breakable", "replica-2", traffic)
+    stack.wait_until_up(stack.REPLICAS[1])
+
+
 def main() -> None:
-    """Both faults, one after the other.
+    """The faults, one after the other.
 
     Raises:
         DrillError, StackError: what did not go as it should.
@@ -150,13 +195,14 @@ def main() -> None:
     replace("replica-2-without-profile", "replica-2", traffic)
     stack.wait_until_up(stack.REPLICAS[1])
     wait_for("EosNotReducing", False, 120)
+    break_the_proof(traffic)
     time.sleep(30)
     say(f"images reduced: {images_reduced()}; requests: {traffic.take()}; firing: {sorted(alerts())}")
     # Four starts of one replica within half an hour are more than that alert takes for well, and rightly so.
     if rest := alerts() - {("EosReplicaRestarting", BROKEN)}:
         raise DrillError(f"still firing: {rest}")
     traffic.ended.set()
-    say("both alerts fired for the broken replica alone, and cleared")
+    say("every alert fired for the broken replica alone, and cleared")
 
 
 if __name__ == "__main__":

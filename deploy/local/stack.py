@@ -89,7 +89,9 @@ def down() -> None:
 
 
 def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "EOS_BIN": str(BIN), "EOS_STACK": str(FOLDER)}
+    # Where drill.py puts its plugin; supervisord wants every variable that its configuration names.
+    paths = filter(None, [str(FOLDER / "plugins"), str(HERE.parents[1] / "tests"), os.environ.get("PYTHONPATH")])
+    variables = {**os.environ, "EOS_BIN": str(BIN), "EOS_STACK": str(FOLDER), "EOS_BREAKING": os.pathsep.join(paths)}
     command = [str(BIN / program), "-c", str(HERE / "supervisord.conf"), *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 

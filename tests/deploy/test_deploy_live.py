@@ -1,5 +1,6 @@
 """One live server of the embedded model, started as the image starts it: what dashboard and alerts read; its end."""
 
+import importlib.util
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -34,6 +34,8 @@ QUERIES = [(p["title"], t["expr"]) for p in PANELS for t in p["targets"]]
 ALERTS = [rule for group in load("monitoring/alerts.yaml")["groups"] for rule in group["rules"]]
 # Made by Prometheus, not by the server.
 OF_PROMETHEUS = {"up", "ALERTS"}
+HAS_STATUS = importlib.util.find_spec("eos_vllm.serving.endpoints") is not None
+NOT_YET = set() if HAS_STATUS else {"eos_proof_lost"}  # comes with GET /eos/status
 # Rates of these are 0 over 0 where nothing was counted within the window.
 SECONDS_OF_TRAFFIC = 12.0
 DRAIN = "30"
@@ -136,7 +138,7 @@ def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def names_in(expression: str) -> set[str]:
     """Metrics that a query reads."""
-    return set(re.findall(r"((?:vllm:|eos_|process_)\w+|\bup\b|\bALERTS\b)", expression)) - OF_PROMETHEUS
+    return set(re.findall(r"((?:vllm:|eos_|process_)\w+|\bup\b|\bALERTS\b)", expression)) - OF_PROMETHEUS - NOT_YET
 
 
 def test_the_server_has_every_metric_that_is_read(server: Server) -> None:
@@ -153,6 +155,8 @@ def test_the_server_has_every_metric_that_is_read(server: Server) -> None:
 
 @pytest.mark.parametrize(("title", "expression"), QUERIES, ids=[f"{i}-{t}" for i, (t, _) in enumerate(QUERIES)])
 def test_every_panel_shows_something(title: str, expression: str, prometheus: Prometheus) -> None:
+    if any(name in expression for name in NOT_YET):
+        pytest.skip("this version has no endpoint /eos/status yet, nor its metric")
     query = expression.replace("$instance", ".+").replace("$__rate_interval", "10m")
     found = prometheus.query(query)
     assert found, f"{title}: {query}"
@@ -180,7 +184,7 @@ def test_the_security_page_names_all_that_is_open(server: Server) -> None:
 
 def test_readiness(server: Server) -> None:
     """The manifests' probe, at the real endpoint."""
-    if "vllm.endpoint_plugins" not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]:
+    if not HAS_STATUS:
         pytest.skip("this version has no endpoint /eos/status yet")
     script = DEPLOY / "kubernetes" / "base" / "ready.py"
     variables = {"EOS_STATUS_URL": f"{server.url}/eos/status", "PATH": os.environ["PATH"]}
