@@ -1,13 +1,14 @@
 # make setup | test | lint | demo | docs | clean
+# make up | down | drill | deploy-check | deploy-rules
 # make embedded-model | accuracy | several-questions | equal-cost | search | ablations | bench | loadtest | bench-smoke | soak
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
-# A machine with a CUDA GPU:      make EXTRAS=gpu,serve,search,loadtest,dev
+# A machine with a CUDA GPU:      make EXTRAS=gpu,serve,search,loadtest,deploy,dev
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= cpu,serve,search,loadtest,dev
+EXTRAS ?= cpu,serve,search,loadtest,deploy,dev
 # Address of PyTorch's CPU wheel index, where pip's own configuration doesn't name it (CONTRIBUTING.md, "Set up").
 TORCH_INDEX ?=
 
@@ -22,7 +23,7 @@ TESTS := $(filter-out tests/serving tests/__pycache__,$(patsubst %/,%,$(sort $(w
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest bench-smoke soak docs clean
+.PHONY: up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest bench-smoke soak docs clean
 
 setup: $(READY)
 
@@ -128,6 +129,21 @@ bench-smoke: setup
 # Half an hour of saturation with aborted streams and broken requests.
 soak: setup
 	$(BIN)/python -m loadtests.soak --minutes 30 --out results/soak-cpu.json
+
+# Two replicas of the embedded model, vLLM's router and Prometheus, as processes: http://127.0.0.1:8100/v1.
+up down: setup
+	$(BIN)/python deploy/local/stack.py $@
+
+# With `make up`: breaks a replica, and waits until the alerts fire and clear (a quarter of an hour).
+drill: setup
+	$(BIN)/python deploy/local/drill.py
+
+# Manifests, images, rules and flags, without a server (seconds); part of `make test`, which asks a live one as well.
+deploy-check: setup
+	$(BIN)/python -m pytest tests/deploy -m 'not serving'
+
+deploy-rules: setup
+	$(BIN)/python deploy/monitoring/prometheusrule.py
 
 docs: setup
 	$(BIN)/eos-vllm profile schema > docs/eos-profile.schema.json.new

@@ -1,6 +1,7 @@
 """A ``vllm serve`` of one's own: start it, wait until it is healthy, end it. Used by demo, tests and benchmarks."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,8 +37,16 @@ class Server:
 
 
 def vllm_command(*arguments: str) -> list[str]:
-    """The ``vllm`` command of this very environment."""
-    return [str(Path(sys.executable).with_name("vllm")), *arguments]
+    """The ``vllm`` command of this very environment, else that of PATH: distributions keep scripts apart from Python.
+
+    Raises:
+        ServerError: there is none.
+    """
+    beside = Path(sys.executable).with_name("vllm")
+    found = str(beside) if beside.exists() else shutil.which("vllm")
+    if found is None:
+        raise ServerError(f"there is no command vllm beside {sys.executable} or in PATH; see eos-vllm doctor")
+    return [found, *arguments]
 
 
 def free_port() -> int:
