@@ -138,7 +138,7 @@ up down: setup
 drill: setup
 	$(BIN)/python deploy/local/drill.py
 
-# Manifests, images, rules and flags, without a server (seconds); part of `make test`, which asks a live one as well.
+# Manifests, images, rules and flags, without a server (a minute); part of `make test`, which asks a live one as well.
 deploy-check: setup
 	$(BIN)/python -m pytest tests/deploy -m 'not serving'
 

@@ -153,9 +153,9 @@ def break_the_proof(traffic: Traffic) -> None:
     stack.wait_until_up(stack.REPLICAS[1])
     say(f"readiness: {ready()}")
     call("eos_break", "attention")
+    time.sleep(2)  # an answer of the last second is given again
     say(f"broken; readiness: {ready()}")
     wait_for("EosProofLost", True, 120)
-    say(f"readiness: {ready()}")
     call("eos_mend")
     wait_for("EosProofLost", False, 120)
     say(f"mended; readiness: {ready()}")

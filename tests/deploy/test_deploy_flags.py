@@ -126,7 +126,8 @@ def test_images_carry_the_package_s_version() -> None:
 
 
 def test_the_router_is_the_one_that_is_tested() -> None:
-    (pinned,) = (r for r in PROJECT["project"]["optional-dependencies"]["deploy"] if r.startswith("vllm-router"))
+    extra = PROJECT["project"]["optional-dependencies"]["deploy"]
+    (pinned,) = (requirement.split(";")[0] for requirement in extra if requirement.startswith("vllm-router"))
     assert f"pip install --no-cache-dir {pinned}" in dict(instructions("Containerfile.router"))["RUN"]
     assert load("compose/compose.yaml")["services"]["router"]["image"] == pinned.replace("==", ":")
     (image,) = load("kubernetes/components/router/kustomization.yaml")["images"]

@@ -64,7 +64,7 @@ def test_compose_files_are_valid() -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clean root that has, as the base image has, all that the wheel needs, but not the package: the GPU image's
-    steps, run there. Returns its Python."""
+    steps, run there with pip in the place of uv. Returns its Python."""
     folder = tmp_path_factory.mktemp("image")
     source = folder / "src"
     source.mkdir()

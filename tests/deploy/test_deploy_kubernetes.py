@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -111,6 +112,12 @@ def test_drain_fits_into_the_grace_period(overlay: str) -> None:
     (drain,) = (int(a.partition("=")[2]) for a in server["args"] if a.startswith("--shutdown-timeout="))
     assert program == "sleep"
     assert int(seconds) + drain < pod["terminationGracePeriodSeconds"]
+
+
+def test_the_probe_ends_before_it_is_ended() -> None:
+    """So that its line says what was wrong, instead of the kubelet's "timed out"."""
+    script = runpy.run_path(str(DEPLOY / "kubernetes" / "base" / "ready.py"))
+    assert script["SECONDS"] < container(rendered("gpu"))["readinessProbe"]["timeoutSeconds"]
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "gpu-tp2"])

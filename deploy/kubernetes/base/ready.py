@@ -9,7 +9,8 @@ import urllib.error
 import urllib.request
 
 URL = os.environ.get("EOS_STATUS_URL", "http://127.0.0.1:8000/eos/status")
-SECONDS = 4
+# More than the server gives its workers, which answer between two steps.
+SECONDS = 7
 
 
 def main() -> int:
