@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 
 from eos_vllm.core.plan import RequestPlan
 from eos_vllm.serving.kv_cache import SegmentManager
+from eos_vllm.serving.metrics import Counters
 from eos_vllm.serving.prefix_cache import RequestKeys
 
 
@@ -25,6 +26,7 @@ class SegmentCoordinator(KVCacheCoordinator):
     keys: dict[str, RequestKeys]
     looked_up: RequestKeys | None
     scheduling: bool
+    counters: Counters | None
     _groups: dict[int, list[int]]
     _room: dict[str, int]
     _next_to_cache: dict[str, float]
@@ -35,6 +37,24 @@ class SegmentCoordinator(KVCacheCoordinator):
         if num_tokens <= self._room.get(request_id, 0):
             return 0
         return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
+
+    def allocate_new_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: tuple[Sequence[KVCacheBlock], ...],
+        num_local_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As vLLM's; counts the hit once for a request that is let in, however often it was looked up."""
+        super().allocate_new_computed_blocks(
+            request_id, new_computed_blocks, num_local_computed_tokens, *args, **kwargs
+        )
+        if self.counters is not None and any(new_computed_blocks):
+            plan = self.plans.get(request_id)
+            for segment in self._groups:
+                tokens = num_local_computed_tokens
+                self.counters.add("hit", segment, plan.segment_length(segment, tokens) if plan else tokens)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; remembers how many tokens fit until any group needs a block."""
@@ -144,7 +164,7 @@ def adopt(
     coordinator.__class__ = SegmentCoordinator
     assert isinstance(coordinator, SegmentCoordinator)
     coordinator.plans, coordinator.keys, coordinator.looked_up, coordinator.scheduling = plans, keys, None, False
-    coordinator._room, coordinator._next_to_cache = {}, {}
+    coordinator._room, coordinator._next_to_cache, coordinator.counters = {}, {}, None
     coordinator._nothing = tuple(() for _ in coordinator.single_type_managers)
     coordinator._groups = {}
     for i, manager in enumerate(coordinator.single_type_managers):

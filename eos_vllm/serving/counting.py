@@ -7,8 +7,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
 
 from eos_vllm.core.plan import Planner
+from eos_vllm.serving.by_budget import BudgetCounts
 from eos_vllm.serving.image_processor import TOTAL
 from eos_vllm.serving.metrics import Counters, pack_stats
 from eos_vllm.serving.options import planner_of
@@ -17,23 +19,32 @@ from eos_vllm.serving.report import short_report
 logger = init_logger("vllm.eos")
 
 
-def count_selected(counters: Counters, step: SchedulerOutput, planner: Planner, counted: set[str]) -> int:
-    """Adds the images of requests that are new in a step, not under a cache hit, and reduced; gives their number.
+def count_selected(
+    counters: Counters,
+    step: SchedulerOutput,
+    planner: Planner,
+    counted: set[str],
+    by_budget: BudgetCounts | None = None,
+) -> None:
+    """Adds the images of requests that are new in a step, not under a cache hit, and reduced.
 
-    ``counted`` holds the requests that are under way: one that comes back after a preemption may look new.
+    ``counted`` holds the requests that are under way: one that comes back after a preemption may look new. With
+    ``by_budget`` nothing else counts the images.
     """
-    images = 0
     counted -= step.finished_req_ids
     for request in step.scheduled_new_reqs:
         if request.req_id in counted:
             continue
         counted.add(request.req_id)
+        images = kept = 0
         for feature in request.mm_features:
             place, total = feature.mm_position, size_of(planner, feature)
             if feature.modality == "image" and request.num_computed_tokens <= place.offset and place.length < total:
                 counters.count_tokens(0, total, place.length)
-                images += 1
-    return images
+                images, kept = images + 1, kept + place.length
+        if by_budget is not None and images:
+            counters.images += images
+            by_budget.images(request.sampling_params, images, kept)
 
 
 def size_of(planner: Planner, feature: Any) -> int:
@@ -54,14 +65,21 @@ class CountingSchedulerMixin(Scheduler):
             raise RuntimeError("the eos scheduler was chosen, but additional_config holds no eos profile")
         self.planner = planner
         self.counters = Counters(1)
+        self.by_budget = BudgetCounts(self.counters, planner)
         self._counted: set[str] = set()
         logger.info("eos: %s", short_report(planner))
+
+    def add_request(self, request: Request) -> None:
+        """As vLLM's; counts requests with images by budget."""
+        if request.mm_features and request.request_id not in self.requests:
+            self.by_budget.request(request.sampling_params)
+        super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """As vLLM's; counts the images of new requests."""
         step = super().schedule(*args, **kwargs)
         if step.scheduled_new_reqs:
-            self.counters.images += count_selected(self.counters, step, self.planner, self._counted)
+            count_selected(self.counters, step, self.planner, self._counted, self.by_budget)
         return step
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

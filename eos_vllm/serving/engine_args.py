@@ -347,7 +347,9 @@ def finish_before(vllm_config: Any) -> None:
 
 def _install(vllm_config: Any) -> None:
     """What this process needs whatever the profile does."""
+    from eos_vllm.serving.admission import install_admission
     from eos_vllm.serving.contract import check_contract
+    from eos_vllm.serving.endpoints import install_endpoints
     from eos_vllm.serving.metrics import install_stat_logger
     from eos_vllm.serving.request_checks import install_request_checks
 
@@ -363,6 +365,8 @@ def _install(vllm_config: Any) -> None:
     forget_model_classes()
     install_request_checks()
     install_stat_logger()
+    install_admission()
+    install_endpoints()
 
 
 def forget_model_classes() -> None:

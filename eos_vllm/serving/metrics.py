@@ -32,6 +32,7 @@ class Counters:
         self.tokens_in = [0] * reducers
         self.tokens_kept = [0] * reducers
         self._taken: dict[str, int] = {}
+        self._named: dict[str, int] = {}
 
     def take_increments(self) -> dict[str, int]:
         """What was added since the last call, under the names of :func:`pack_stats`."""
@@ -39,7 +40,19 @@ class Counters:
         for i, (tokens_in, kept) in enumerate(zip(self.tokens_in, self.tokens_kept, strict=True)):
             now[f"in/{i}"], now[f"kept/{i}"] = tokens_in, kept
         taken, self._taken = self._taken, now
-        return {key: value - taken.get(key, 0) for key, value in now.items()}
+        named, self._named = self._named, {}
+        return {key: value - taken.get(key, 0) for key, value in now.items()} | named
+
+    def add(self, name: str, label: str | int, value: int) -> None:
+        """Adds to a figure that has a label of its own; only what was added to travels with a step."""
+        key = f"{name}/{label}"
+        self._named[key] = self._named.get(key, 0) + value
+
+    def join(self, other: "Counters") -> None:
+        """Adds the images and tokens of another count."""
+        self.images += other.images
+        for i, (tokens_in, kept) in enumerate(zip(other.tokens_in, other.tokens_kept, strict=True)):
+            self.count_tokens(i, tokens_in, kept)
 
     def count(self, plan: RequestPlan, images: range) -> None:
         """Adds those images of a request that a step reduces."""
@@ -96,7 +109,7 @@ class EosStats:
         metrics = _metrics()
         for key, value in figures.items():
             name, _, index = key.partition("/")
-            labels = [str(engine)] + ([self._label(name, int(index))] if index else [])
+            labels = [str(engine)] + ([self._label(name, index)] if index else [])
             if name == "blocks":
                 since[key] = value
                 metrics[name].labels(*labels).set(value)
@@ -105,8 +118,8 @@ class EosStats:
                 if value:
                     metrics[name].labels(*labels).inc(value)
 
-    def _label(self, name: str, index: int) -> str:
-        return str(index) if name == "blocks" else str(self.planner.profile.reducers[index].layer)
+    def _label(self, name: str, index: str) -> str:
+        return str(self.planner.profile.reducers[int(index)].layer) if name in {"in", "kept"} else index
 
     def log(self) -> None:
         """One line for each engine that reduced images since the last, or that holds blocks."""
@@ -171,18 +184,40 @@ def install_stat_logger() -> None:
 
 
 _REGISTERED: dict[str, Any] = {}
+# Name of a figure, of its metric, labels beside the engine, text.
+_COUNTERS = (
+    ("images", "eos_images", (), "Images prefilled with reduction."),
+    ("in", "eos_visual_tokens_in", ("layer",), "Visual tokens that met a reducer."),
+    ("kept", "eos_visual_tokens_kept", ("layer",), "Visual tokens it kept."),
+    ("hit", "eos_prefix_hit_tokens", ("segment",), "Tokens taken over from the prefix cache, as the segment has them."),
+    ("requests", "eos_requests", ("budget",), "Requests with images."),
+    ("budget_images", "eos_budget_images", ("budget",), "Images prefilled with reduction."),
+    ("budget_kept", "eos_budget_visual_tokens_kept", ("budget",), "Visual tokens left behind the last reducer."),
+)
 
 
 def _metrics() -> dict[str, Any]:
     if not _REGISTERED:
-        labels = ["engine", "layer"]
-        _REGISTERED["images"] = Counter("eos_images", "Images prefilled with reduction.", ["engine"])
-        _REGISTERED["in"] = Counter("eos_visual_tokens_in", "Visual tokens that met a reducer.", labels)
-        _REGISTERED["kept"] = Counter("eos_visual_tokens_kept", "Visual tokens it kept.", labels)
+        for key, name, labels, text in _COUNTERS:
+            _REGISTERED[key] = Counter(name, text, ["engine", *labels])
         _REGISTERED["blocks"] = Gauge(
             "eos_kv_blocks_held", "KV blocks held by requests.", ["engine", "segment"], multiprocess_mode="mostrecent"
         )
+        _REGISTERED["lost"] = Gauge(
+            "eos_proof_lost", "1 where a worker has lost its proof.", ["engine"], multiprocess_mode="mostrecent"
+        )
+        _REGISTERED["refused"] = Counter("eos_requests_refused", "Requests that the plugin answered with a 400.")
     return _REGISTERED
+
+
+def count_refused() -> None:
+    """Counts a request that the front end refused."""
+    _metrics()["refused"].inc()
+
+
+def set_lost(engine: int, lost: bool) -> None:
+    """Tells ``/metrics`` whether a worker of an engine has lost its proof."""
+    _metrics()["lost"].labels(str(engine)).set(lost)
 
 
 class WorkerLog:

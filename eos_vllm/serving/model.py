@@ -74,7 +74,8 @@ class Reduction:
             mean_over_ranks if ranks > 1 else None,
             ranks,
         )
-        self.counters = counters
+        self.counters, self.planned = counters, Counters(len(self.profile.reducers))
+        self.rehearsal = "not run"
         self.log = WorkerLog(tuple(reducer.layer for reducer in self.profile.reducers))
         self.first = len(self.profile.reducers) - len(self.profile.inside)
 

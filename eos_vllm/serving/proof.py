@@ -10,8 +10,8 @@ from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
-from eos_vllm.serving.attention import SegmentAttention, builds_for_segments
 from eos_vllm.serving.kv_cache import SegmentManager, planned_blocks, segments_of_groups
+from eos_vllm.serving.watch import layer_problem
 
 _TRIAL = "eos-trial"
 
@@ -37,11 +37,10 @@ def prove_worker(reduction: Any, kv_cache_config: KVCacheConfig, max_model_len: 
     for segment, group in zip(segments_of_groups(kv_cache_config), kv_cache_config.kv_cache_groups, strict=True):
         for name in group.layer_names:
             index = names.pop(name)
-            layer, want = reduction.attention[index], profile.segment_of_layer(index)
-            if not isinstance(layer, SegmentAttention) or layer.eos_segment != want or segment != want:
+            if segment != (want := profile.segment_of_layer(index)):
                 raise RuntimeError(f"eos: layer {name} caches for segment {segment}, its place is segment {want}")
-            if not builds_for_segments(layer):
-                raise RuntimeError(f"eos: layer {name} attends with metadata of unreduced lengths")
+            if problem := layer_problem(reduction.attention[index], want):
+                raise RuntimeError(f"eos: {problem}")
     if names:
         raise RuntimeError(f"eos: layers {sorted(names)} have no KV cache")
     pool = BlockPool(

@@ -109,8 +109,12 @@ def rehearse(runner: Any, reduction: Any, encoder_outputs: dict[str, torch.Tenso
         ),
         runner.kv_cache_config,
     )
-    if reduction.stages > 1 or not any(request.plan.reduces for request in made):
-        return  # a pipeline stage cannot run alone
+    if reduction.stages > 1:
+        reduction.rehearsal = "left out: a pipeline stage cannot run alone"
+        return
+    if not any(request.plan.reduces for request in made):
+        reduction.rehearsal = "left out: the server's own budget reduces no image that fits a step"
+        return
     hidden = reduction.decoder.norm.weight
     visual = reduction.planner.image_tokens()
     # As if the vision tower had run: vLLM profiles that itself.
@@ -128,6 +132,7 @@ def rehearse(runner: Any, reduction: Any, encoder_outputs: dict[str, torch.Tenso
     done = SchedulerOutput.make_empty()
     done.finished_req_ids = {request.name for request in made}
     runner.execute_model(done)
+    reduction.rehearsal = f"passed: {len(made)} images in a step of {step.total_num_scheduled_tokens} tokens"
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 import asyncio
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
@@ -17,8 +20,31 @@ from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 from eos_vllm.serving.elastic import least_of
 from eos_vllm.serving.image_budget import check_image_tokens, install_image_budget, join_budgets, pass_budget_on
 from eos_vllm.serving.image_processor import budget_for_rendering
+from eos_vllm.serving.metrics import count_refused
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.requests import budget_of, image_spans, plan_of_features
+
+
+@dataclass
+class Seen:
+    """Requests that this process checked, and those of all that it refused; they may be refused before they count."""
+
+    checked: int = 0
+    refused: int = 0
+
+
+SEEN = Seen()
+
+
+@contextmanager
+def counted_refusals() -> Iterator[None]:
+    """Counts a refusal within the block."""
+    try:
+        yield
+    except VLLMValidationError:
+        SEEN.refused += 1
+        count_refused()
+        raise
 
 
 def install_request_checks() -> None:
@@ -38,12 +64,15 @@ def install_request_checks() -> None:
         planner = _planner_of(self)
         if planner is None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        check_params(planner, params)
+        SEEN.checked += 1
+        with counted_refusals():
+            check_params(planner, params)
         with budget_for_rendering(budget_of(params) if isinstance(params, SamplingParams) else None):
             request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         try:
-            check_image_tokens(planner, request)
-            check_request(planner, request, _longest_step(self.vllm_config))
+            with counted_refusals():
+                check_image_tokens(planner, request)
+                check_request(planner, request, _longest_step(self.vllm_config))
         except VLLMValidationError:
             forget_sent_images(self.renderer)
             raise
@@ -56,9 +85,10 @@ def install_request_checks() -> None:
     async def check_first(self: BaseServing, request: Any) -> Any:
         client = getattr(self, "engine_client", None)  # those that only tokenize or render have none
         if client is not None and (planner := planner_of(client.vllm_config)) is not None:
-            join_budgets(planner, request)
-            check_body(planner, request)
-            pass_budget_on(planner, request)
+            with counted_refusals():
+                join_budgets(planner, request)
+                check_body(planner, request)
+                pass_budget_on(planner, request)
         return await check_model(self, request)
 
     BaseServing._check_model = check_first  # type: ignore[method-assign]

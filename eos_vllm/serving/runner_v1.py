@@ -21,10 +21,11 @@ from eos_vllm.serving.options import reads_cached_keys
 from eos_vllm.serving.proof import prove_worker
 from eos_vllm.serving.rehearsal import rehearse, rehearse_memory
 from eos_vllm.serving.requests import plan_of_features
+from eos_vllm.serving.watch import follow_plans
 
 
 def hook_v1_runner() -> None:
-    """Wraps three methods of ``GPUModelRunner`` once per process; called when a model with a profile is built."""
+    """Wraps four methods of ``GPUModelRunner`` once per process; called when a model with a profile is built."""
     if getattr(GPUModelRunner, "eos_hooked", False):
         return
     GPUModelRunner.eos_hooked = True  # type: ignore[attr-defined]
@@ -69,6 +70,7 @@ def hook_v1_runner() -> None:
     GPUModelRunner._build_attention_metadata = build_with_rows  # type: ignore[method-assign]
     GPUModelRunner.initialize_kv_cache = initialize_with_proof  # type: ignore[method-assign]
     GPUModelRunner.profile_run = profile_with_reduction  # type: ignore[method-assign]
+    follow_plans(GPUModelRunner)
 
 
 def argument_reader(function: Callable[..., Any], name: str) -> Callable[[tuple, dict[str, Any]], Any]:

@@ -2,7 +2,7 @@
 
 The state tells the batch what is in each step. Two methods of the runner are wrapped beside it. Symptom without them:
 no image is rehearsed, for a state knows no runner. Why safe: vLLM's methods are called with the very arguments. Can
-go when a state may warm up.
+go when a state may warm up. A third one is wrapped by :mod:`eos_vllm.serving.watch`.
 """
 
 import functools
@@ -21,6 +21,7 @@ from eos_vllm.serving.options import reads_cached_keys
 from eos_vllm.serving.proof import prove_worker
 from eos_vllm.serving.rehearsal import rehearse, rehearse_memory
 from eos_vllm.serving.requests import plan_of_features
+from eos_vllm.serving.watch import follow_plans
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class Planned:
 
 
 def hook_v2_runner() -> None:
-    """Wraps two methods of the V2 ``GPUModelRunner`` once per process; called when a model with a profile is built."""
+    """Wraps three methods of the V2 ``GPUModelRunner`` once per process; called when a profile's model is built."""
     if getattr(GPUModelRunner, "eos_hooked", False):
         return
     GPUModelRunner.eos_hooked = True  # type: ignore[attr-defined]
@@ -55,6 +56,7 @@ def hook_v2_runner() -> None:
 
     GPUModelRunner.initialize_kv_cache = initialize_and_rehearse  # type: ignore[method-assign]
     GPUModelRunner.profile_run = profile_with_reduction  # type: ignore[method-assign]
+    follow_plans(GPUModelRunner)
 
 
 class EosModelState(DefaultModelState):

@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 
 from eos_vllm.core.budget import REQUEST_FIELD, TEXT_TOKENS, plain
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
+from eos_vllm.serving.by_budget import BudgetCounts
 from eos_vllm.serving.contract import check_contract
 from eos_vllm.serving.coordinator import adopt
 from eos_vllm.serving.counting import count_selected
@@ -25,6 +26,7 @@ from eos_vllm.serving.prefix_cache import RequestKeys
 from eos_vllm.serving.proof import prove_allocation
 from eos_vllm.serving.report import startup_report
 from eos_vllm.serving.requests import plan_of_features
+from eos_vllm.serving.watch import PLANNED
 
 logger = init_logger("vllm.eos")
 
@@ -46,7 +48,8 @@ class EosSchedulerMixin(Scheduler):
         if self.cache_config.enable_prefix_caching:
             keep_covered_images()
         prove_allocation(self.kv_cache_config, planner, self.max_model_len, self.coordinator)
-        self.counters = Counters(len(planner.profile.reducers))
+        self.counters = self.coordinator.counters = Counters(len(planner.profile.reducers))
+        self.by_budget = BudgetCounts(self.counters, planner)
         self._counted: set[str] = set()
         self._selects = planner.profile.before is not None
         self._unreduced: set[str] = set()  # requests whose images are not all in
@@ -66,6 +69,7 @@ class EosSchedulerMixin(Scheduler):
                     self.planner, request.prompt_token_ids or (), request.mm_features, request.sampling_params
                 )
                 plan = plan if plan.reduces else None
+                self.by_budget.request(request.sampling_params)
             if plan is not None:
                 self.plans[name] = plan
                 self._unreduced.add(name)
@@ -109,11 +113,19 @@ class EosSchedulerMixin(Scheduler):
             count_selected(self.counters, step, self.planner, self._counted)
         if self.plans and (resumed := step.scheduled_cached_reqs.resumed_req_ids):
             self._unreduced.update(name for name in resumed if name in self.plans)
+        planned = None
         for name in self._unreduced.intersection(step.num_scheduled_tokens):
-            plan, end = self.plans[name], self.requests[name].num_computed_tokens
-            self.counters.count(plan, plan.images_in(end - step.num_scheduled_tokens[name], end))
+            plan, request = self.plans[name], self.requests[name]
+            end = request.num_computed_tokens
+            if images := plan.images_in(end - step.num_scheduled_tokens[name], end):
+                planned = planned or Counters(len(self.planner.profile.reducers))
+                planned.count(plan, images)
+                self.by_budget.planned(request.sampling_params, plan, images)
             if end >= plan.images_end:
                 self._unreduced.discard(name)
+        if planned is not None:
+            self.counters.join(planned)
+            setattr(step, PLANNED, planned)  # travels to the workers, who compare what they did
         return step
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

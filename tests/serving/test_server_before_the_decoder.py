@@ -125,6 +125,16 @@ def test_report_and_metrics(client: openai.OpenAI, server: Server) -> None:
     while kept() != before + 32 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert kept() == before + 32
+    time.sleep(1.1)  # an answer of the status may be a second old
+    status = json.loads(server.text("/eos/status"))
+    assert (status["status"], status["budget"]["kept"], status["profile"]["layers"]) == ("proved", [64], [-1])
+    (worker,) = status["engines"][0]["workers"]
+    assert worker["rehearsal"].startswith("passed")
+    assert worker["done"]["images"] > 0
+    assert worker["planned"] is None
+    text = server.text("/metrics")
+    assert (counter(text, "eos_requests_total", 'budget="16"') or 0) >= 1
+    assert (counter(text, "eos_budget_visual_tokens_kept_total", 'budget="16"') or 0) >= 32
     log = server.log.read_text()
     assert "eos: profile 'before' reduces before the decoder (maxmin): 576 -> [64] visual tokens per image" in log
     assert "Traceback" not in log

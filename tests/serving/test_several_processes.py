@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def figures(server: Server, name: str) -> dict[str, float]:
     return found
 
 
+def status(server: Server) -> Any:
+    """Of whichever API server answers; a new connection each time."""
+    return json.loads(server.text("/eos/status"))
+
+
 def ask(server: Server, i: int) -> str:
     # A client of its own, hence a connection of its own: the kernel spreads those over the API servers.
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
@@ -70,3 +76,25 @@ def test_answers_are_right_and_counts_exact(server: Server, tiny_model: Path) ->
     kept = Planner(PROFILE, block=32).counts()
     assert sum(figures(server, "eos_visual_tokens_kept_total").values()) == REQUESTS * sum(kept)
     assert sum(figures(server, "eos_visual_tokens_in_total").values()) == REQUESTS * sum((576, *kept[:-1]))
+    assert sum(figures(server, "eos_requests_total").values()) == REQUESTS
+    assert sum(figures(server, "eos_budget_images_total").values()) == REQUESTS
+    assert sum(figures(server, "eos_budget_visual_tokens_kept_total").values()) == REQUESTS * kept[-1]
+    assert figures(server, "eos_proof_lost") == {"0": 0.0, "1": 0.0}
+
+
+def test_either_server_tells_of_all_workers(server: Server) -> None:
+    deadline = time.monotonic() + 60
+    found: dict[int, Any] = {}
+    while len(found) < 2 and time.monotonic() < deadline:
+        answer = status(server)
+        found[answer["front_end"]["server"]] = answer
+    images = figures(server, "eos_images_total")
+    assert sorted(found) == [0, 1]
+    for answer in found.values():
+        assert (answer["status"], answer["front_end"]["servers"]) == ("proved", 2)
+        assert [engine["engine"] for engine in answer["engines"]] == [0, 1]
+        for engine in answer["engines"]:
+            (worker,) = engine["workers"]
+            assert worker["done"] == worker["planned"]
+            assert worker["done"]["images"] == images[str(engine["engine"])]
+    assert sum(answer["front_end"]["requests"] for answer in found.values()) == REQUESTS

@@ -68,6 +68,8 @@ def answers_alone(
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(file.with_suffix(".result").read_text(encoding="utf-8"))
     answers = [Answer(**answer | {"first_logprobs": _ints(answer)}) for answer in result["answers"]]
+    # Whatever the run was for: each worker did, to the token, what the scheduler planned.
+    assert [problem for report in result["reports"] for problem in report["lost"]] == []
     return Run(answers, result["reports"], result["facts"])
 
 
