@@ -14,10 +14,10 @@ from eos_vllm.core.profile import SCHEMA, BudgetMeasure, Profile, check_fits, pa
 class CostComparison:
     """A prompt under a plan against the same prompt without one; ``final`` and ``layer_average`` are per image.
 
-    ``budget`` is tokens, or text such as ``11%``.
+    ``budget`` is tokens, or a share.
     """
 
-    budget: int | str
+    budget: int | float | str
     counts: tuple[int, ...]
     final: int
     layer_average: float

@@ -28,10 +28,10 @@ def rescale(profile: Profile, budget: RetainBudget) -> Profile:
     Raises:
         BudgetError: as :func:`eos_vllm.core.budget.kept_counts`.
     """
-    data = profile.to_dict()
+    data = (upgrade(profile) if isinstance(budget, Share) else profile).to_dict()
     rest = {"measure": profile.budget.measure, "minimum": profile.budget.minimum}
     if isinstance(budget, Share):
-        data["schema"], data["budget"] = SCHEMA, {**rest, "share": budget.value}
+        data["budget"] = {**rest, "share": budget.value}
     else:
         data["budget"] = {**rest, "tokens": budget}
     if profile.model.visual_tokens is not None:

@@ -27,8 +27,14 @@ class Share:
 RetainBudget = int | Share
 
 
-def plain(budget: RetainBudget) -> int | str:
-    """A budget as JSON has it: tokens, or text such as ``11%``; :func:`parse_budget` reads both."""
+def plain(budget: RetainBudget) -> int | float | str:
+    """A budget as JSON has it, which :func:`parse_budget` reads again without loss: tokens, or a fraction."""
+    if not isinstance(budget, Share):
+        return budget
+    return budget.value if budget.value < 1 else "100%"  # 1.0 would be a token
+
+
+def _named(budget: RetainBudget) -> int | str:
     return str(budget) if isinstance(budget, Share) else budget
 
 
@@ -156,18 +162,20 @@ def _power_for(profile: Profile, shares: list[float], budget: RetainBudget, tota
     if all(share >= 1.0 for share in shares):
         raise BudgetError(
             REQUEST_FIELD,
-            plain(budget),
+            _named(budget),
             f"no reducer of profile {profile.name!r} discards anything",
             f"give {'100%' if asks_share else total}, or a profile whose gate*discard is above 0 somewhere",
         )
     rescaled = [share for share in shares if share > 0]
     if measure == "final" and rescaled and rescaled[-1] < 1.0:
-        return math.log(target / total) / math.log(rescaled[-1])
+        # A share's own value, so that the power is the same for images of all sizes, to the last bit.
+        share = budget.value if isinstance(budget, Share) else target / total
+        return math.log(share) / math.log(rescaled[-1])
     if not rescaled or rescaled[-1] >= 1.0:  # a withdrawal alone: there is nothing to rescale
         least = cost(profile, [total if share > 0 else 0.0 for share in shares], measure, total)
         if measure != "final" and target < math.floor(least):
             problem = f"profile {profile.name!r} only withdraws, which leaves {least:.1f} of {total} by {measure}"
-            raise BudgetError(REQUEST_FIELD, plain(budget), problem, f"give {range_from(math.floor(least))}")
+            raise BudgetError(REQUEST_FIELD, _named(budget), problem, f"give {range_from(math.floor(least))}")
         return 1.0
 
     def cost_at(power: float) -> float:
@@ -176,7 +184,7 @@ def _power_for(profile: Profile, shares: list[float], budget: RetainBudget, tota
     if target <= (floor := cost_floor(profile, total)):
         raise BudgetError(
             REQUEST_FIELD,
-            plain(budget),
+            _named(budget),
             f"profile {profile.name!r} measures by {measure}, which cannot go below {floor:.1f} of an image's {total} "
             "tokens with its layers",
             f"give {range_from(floor * 1.01 if asks_share else math.floor(floor) + 1)}, or use measure final",
@@ -260,8 +268,8 @@ def parse_budget(value: Any, field: str = REQUEST_FIELD) -> RetainBudget:
     """A budget as a flag, an option or a request gives it.
 
     Args:
-        value: whole number of tokens (text or a float that is exactly one, too), or a share of each image's tokens:
-            a fraction between 0 and 1, or text such as ``"11%"``.
+        value: whole number of tokens (as text, too, or a float that is exactly one), or a share of each image's
+            tokens: a fraction between 0 and 1, or text such as ``"11%"``.
         field: name to blame.
 
     Returns:

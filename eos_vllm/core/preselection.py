@@ -1,7 +1,7 @@
 """The reducer before the decoder at work: the selector picks anchors, the operator acts, K tokens of an image are left.
 
 Hugging Face reference and vLLM call these functions on what their vision tower gave; a prompt then holds K
-placeholders at contiguous positions, as in all published methods of this kind.
+placeholders, at contiguous positions as in all published methods of this kind (with M-RoPE each keeps its own).
 """
 
 import torch

@@ -12,7 +12,7 @@ from eos_vllm.core.layout import BatchLayout, ImageGroup, ReducerStep
 from eos_vllm.core.operator import OperatorParams, unified_operator
 from eos_vllm.core.profile import QueryRule
 
-# Logits held at once while scoring (B * H * T * L, 128 MiB in float32); more are scored in parts, by images or queries.
+# Logits, keys or embeddings held at once while scoring (128 MiB in float32); more go in parts, by images or queries.
 _SCORE_ELEMENTS = 1 << 25
 
 ScoreReduce = Callable[[torch.Tensor], torch.Tensor]
@@ -36,9 +36,11 @@ def image_query_weights(rule: QueryRule, embeddings: torch.Tensor, layout: Batch
         return query_weights(rule, nothing, nothing, layout.text_mask)
     weights = torch.zeros(layout.text_mask.shape, device=embeddings.device)
     for images, rows in layout.visual_groups:
-        visual = embeddings[rows]
-        text = embeddings[layout.text_rows[images]]
-        weights[images] = query_weights(rule, visual, text, layout.text_mask[images])
+        per_image = (rows.shape[1] + layout.text_rows.shape[1]) * embeddings.shape[1]
+        part = max(1, _SCORE_ELEMENTS // per_image)
+        for some, own in zip(images.split(part), rows.split(part), strict=True):
+            text = embeddings[layout.text_rows[some]]
+            weights[some] = query_weights(rule, embeddings[own], text, layout.text_mask[some])
     return weights
 
 
@@ -130,7 +132,8 @@ def _group_scores(
 ) -> torch.Tensor:
     images, queries = group.query_rows.shape
     per_query = query.shape[1] * group.longest
-    part = max(1, _SCORE_ELEMENTS // (per_query * queries))
+    # Of keys, each image gathers its own request's.
+    part = max(1, _SCORE_ELEMENTS // max(per_query * queries, group.longest * key.shape[1] * key.shape[2]))
     width = min(queries, max(1, _SCORE_ELEMENTS // per_query))
     scored = []
     for image in range(0, images, part):

@@ -174,6 +174,9 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
         config = create_engine_config(engine_args, *args, **kwargs)
     check_model(profile, config.model_config)
     longest = min(config.model_config.max_model_len, _LONGEST_STEP)
+    if profile.model.visual_tokens is None:
+        # No image is cut from its window, so that the largest one decides.
+        longest = min(config.model_config.max_model_len, max(longest, most_tokens(config) + _TEXT_BESIDE))
     if batched is None and config.scheduler_config.max_num_batched_tokens < longest:
         # So that no image and window of a prompt that fits the model are too long for a step.
         engine_args.max_num_batched_tokens = longest
@@ -209,6 +212,9 @@ def _ask_model(engine_args: Any, config: Any) -> None:
         options = {**options, "example": largest_image(config)}
     engine_args.additional_config = {**engine_args.additional_config, KEY: options}
     config.additional_config = engine_args.additional_config
+    planner = planner_of(config)
+    assert planner is not None
+    planner.counts()  # of the largest image, which a number of tokens may be too few for
 
 
 def largest_image(config: Any) -> int:
@@ -217,20 +223,29 @@ def largest_image(config: Any) -> int:
     Raises:
         SettingError: not even a small one does.
     """
-    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.logger import init_logger
 
-    info: Any = MULTIMODAL_REGISTRY.get_processing_info(config.model_config)
-    longest = config.model_config.max_model_len
-    most = info.get_mm_max_tokens_per_item(longest, {"image": 1}) or {}
-    if "image" in most:
-        largest = most["image"]
-    else:
-        size = info.get_image_size_with_most_features()
-        largest = info.get_num_image_tokens(image_width=size.width, image_height=size.height)
+    longest, largest = config.model_config.max_model_len, most_tokens(config)
     fits = min(longest, config.scheduler_config.max_num_batched_tokens) - _TEXT_BESIDE
     if fits < 1:
         raise SettingError("max-model-len", longest, "no image fits beside a little text", "give more")
+    if fits < largest:
+        message = "eos: images of more than %d tokens are refused, the model makes up to %d of one: a longer "
+        message += "--max-num-batched-tokens and --max-model-len take them; or limit pixels by --mm-processor-kwargs"
+        init_logger("vllm.eos").warning(message, fits, largest)
     return min(largest, fits)
+
+
+def most_tokens(config: Any) -> int:
+    """Tokens of the largest image that the model's processor lets through."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    info: Any = MULTIMODAL_REGISTRY.get_processing_info(config.model_config)
+    most = info.get_mm_max_tokens_per_item(config.model_config.max_model_len, {"image": 1}) or {}
+    if "image" in most:
+        return most["image"]
+    size = info.get_image_size_with_most_features()
+    return info.get_num_image_tokens(image_width=size.width, image_height=size.height)
 
 
 def _set_marker(engine_args: Any, config: Any) -> None:
@@ -316,9 +331,6 @@ def finish(vllm_config: Any) -> None:
         of = planner.profile.model.visual_tokens or "any number of"
         problem = f"a withdrawal removes whole blocks, and {of} tokens are none"
         raise SettingError("block-size", planner.block, problem, "leave it out, or give --eos-exact-counts")
-    if vllm_config.model_config.get_multimodal_config().get_video_pruning_spec() is not None:
-        problem = "it numbers positions anew behind the vision tower, which the plan does not know of"
-        raise SettingError("video-pruning-rate", "set", problem, "leave it out")
     if is_breakable_cudagraph_enabled():
         problem = "the graph of a whole step would replay the unreduced forward pass"
         raise SettingError("VLLM_USE_BREAKABLE_CUDAGRAPH", 1, problem, "unset it, and VLLM_BATCH_INVARIANT")
@@ -355,9 +367,11 @@ def _install(vllm_config: Any) -> None:
 
     planner = planner_of(vllm_config)
     assert planner is not None
-    if planner.profile.before is not None and vllm_config.compilation_config.cudagraph_mm_encoder:
-        problem = "the vision tower's graph would be replayed without the selection behind it"
-        raise SettingError("compilation-config.cudagraph_mm_encoder", True, problem, "leave it out")
+    if vllm_config.model_config.get_multimodal_config().get_video_pruning_spec() is not None:
+        problem = "it numbers positions anew behind the vision tower, which the plan does not know of"
+        raise SettingError("video-pruning-rate", "set", problem, "leave it out")
+    if planner.profile.before is not None:
+        _check_selection(vllm_config)
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise SettingError("VLLM_USE_RUST_FRONTEND", 1, "it does not check requests", "unset it")
     check_contract("front end")
@@ -367,6 +381,31 @@ def _install(vllm_config: Any) -> None:
     install_stat_logger()
     install_admission()
     install_endpoints()
+
+
+def _check_selection(vllm_config: Any) -> None:
+    """What cannot go together with a selection before the decoder.
+
+    Raises:
+        SettingError: it was asked for.
+    """
+    from vllm.config import CUDAGraphMode
+
+    compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
+    if compilation.cudagraph_mm_encoder:
+        problem = "the vision tower's graph would be replayed without the selection behind it"
+        raise SettingError("compilation-config.cudagraph_mm_encoder", True, problem, "leave it out")
+    if not vllm_config.model_config.uses_mrope:
+        return
+    # Where selected tokens stand is added to positions between embedding and forward pass.
+    if parallel.pipeline_parallel_size > 1:
+        problem = "with layer -1 later stages would not know where selected tokens stand"
+        raise SettingError("pipeline-parallel-size", parallel.pipeline_parallel_size, problem, "leave it out")
+    if parallel.enable_dbo:
+        raise SettingError("enable-dbo", True, "it splits a batch between embedding and forward pass", "leave it out")
+    if compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs():
+        # A chunk of one image token looks like a decode step, whose graph would leave its place out.
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def forget_model_classes() -> None:

@@ -115,6 +115,8 @@ def check_image_tokens(planner: Planner, request: Any) -> None:
             continue
         # Features that a client made itself may lack the count, or have another than placeholders.
         data = feature.data
+        if data is not None and "address" in data:
+            continue  # in shared memory, where only the worker reads it
         if data is None and planner.profile.model.visual_tokens is None:
             continue  # rendered before, under a hash that holds its budget; how large it is, only the engine knows
         if data is not None and TOTAL not in data:

@@ -19,7 +19,7 @@ from vllm.model_executor.models.llava import LlavaMultiModalProcessor, _build_ll
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems
 
-from eos_vllm.core.budget import REQUEST_FIELD, RetainBudget, parse_budget
+from eos_vllm.core.budget import REQUEST_FIELD, RetainBudget, parse_budget, plain
 from eos_vllm.serving.options import planner_of_processor
 
 # Of each image, with its pixels: tokens in the prompt, tokens it would have there, and a name for its content.
@@ -40,9 +40,9 @@ def budget_for_rendering(budget: RetainBudget | None) -> Iterator[None]:
 
 
 def fingerprint(pixels: torch.Tensor) -> int:
-    """64 bits that tell a processed image from others."""
+    """64 bits that tell a processed image from others; how large it was before it was processed, they need not tell."""
     raw = pixels.detach().cpu().contiguous().view(torch.uint8)  # numpy knows no bfloat16
-    digest = hashlib.blake2b(raw.numpy().tobytes(), digest_size=8).digest()
+    digest = hashlib.blake2b(raw.numpy().data, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -81,8 +81,15 @@ class EosProcessorMixin:
         """As vLLM's, with what decides the number of an image's tokens among what is hashed.
 
         Raises:
-            ValueError: embeddings in place of an image.
+            ValueError: a video, or embeddings in place of an image where they won't do.
         """
+        if self.planner is not None:
+            if "video" in inputs.mm_data_items:
+                raise ValueError("video: this server reduces images, and takes no videos beside them; leave it out")
+            if self.planner.image_token is not None and isinstance(
+                inputs.mm_data_items.get("image"), ImageEmbeddingItems
+            ):
+                raise ValueError("image_embeds: which rows of them are ends of rows cannot be told; send the image")
         # Ours alone, never a caller's.
         given = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k not in (_COUNT, _ASKED)}
         if self.selects and "image" in inputs.mm_data_items:
@@ -97,7 +104,7 @@ class EosProcessorMixin:
             if self.planner.profile.model.visual_tokens is not None:
                 given[_COUNT] = self.planner.image_tokens(budget)
             else:
-                given[_ASKED] = str(self.planner.budget if budget is None else budget)
+                given[_ASKED] = str(plain(self.planner.budget if budget is None else budget))
         inputs.hf_processor_mm_kwargs = given
         return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
 

@@ -99,7 +99,8 @@ def _planner(options: str, block_size: int) -> Planner:
     profile: Profile = parse_profile(data["profile"], data["source"])
     retain = None if data["retain"] is None else parse_budget(data["retain"])
     block = 1 if data["exact_counts"] else block_size
-    elastic = None if data["elastic"] is None else tuple(map(parse_budget, data["elastic"]))
+    low_high = data["elastic"]
+    elastic = None if low_high is None else (parse_budget(low_high[0]), parse_budget(low_high[1]))
     return Planner(profile, retain, block, data["marker"] or (), data["example"], data["image_token"], elastic)
 
 

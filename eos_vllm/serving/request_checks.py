@@ -152,7 +152,9 @@ def check_body(planner: Planner, body: Any) -> None:
                 parameter=REQUEST_FIELD,
             )
     logprobs = getattr(body, "prompt_logprobs", None)
-    if logprobs is not None and _has_media(getattr(body, "messages", None)):
+    budget = budget_of(params)
+    is_checked_later = isinstance(budget, int) and planner.profile.model.visual_tokens is None
+    if logprobs is not None and not is_checked_later and _has_media(getattr(body, "messages", None)):
         total = planner.image_tokens(budget_of(params))
         span = ImageSpan(0, total)
         plan = planner.plan(planner.trial_prompt(total + 1, span), [span], budget_of(params))
@@ -202,13 +204,12 @@ def check_request(planner: Planner, request: Any, longest_step: int) -> None:
     params = request.sampling_params
     if params is None or not request.mm_features:
         return
-    if params.prompt_logprobs is not None:  # before the plan that is served, which for these reduces nothing
-        would = planner.plan(request.prompt_token_ids or (), image_spans(request.mm_features), budget_of(params))
-        _refuse_prompt_logprobs(would, params.prompt_logprobs)
     try:  # of these images, whose sizes only now are known
-        planner.plan(request.prompt_token_ids or (), image_spans(request.mm_features), budget_of(params))
+        would = planner.plan(request.prompt_token_ids or (), image_spans(request.mm_features), budget_of(params))
     except BudgetError as e:
         raise VLLMValidationError(f"vllm_xargs.{e}", parameter=REQUEST_FIELD, value=e.value) from None
+    if params.prompt_logprobs is not None:  # before the plan that is served, which for these reduces nothing
+        _refuse_prompt_logprobs(would, params.prompt_logprobs)
     plan = plan_of_features(planner, request.prompt_token_ids or (), request.mm_features, params)
     if not plan.reduces:
         return

@@ -37,7 +37,7 @@ class RowSelection:
         # vLLM counts an image by its K rows, the tower works on all of it: no more at once than memory is profiled for.
         self.tokens_at_once = max(planner.visual_tokens, vllm_config.scheduler_config.max_num_batched_tokens)
         self.rehearsed = False
-        self.choices: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
+        self.choices: OrderedDict[tuple[int, int, int], torch.Tensor] = OrderedDict()
 
     def embed(self, kwargs: dict[str, Any], embed: Callable[..., Any]) -> Any:
         """Rows of each image, in order ``[K, d]`` each.
@@ -128,7 +128,11 @@ class RowSelection:
                 added = whole[..., self.width :]
                 left = torch.cat([left, added.gather(1, kept[..., None].expand(-1, -1, added.shape[-1]))], dim=-1)
             for i, row, own in zip(which, left, kept, strict=True):
-                out[i] = row if places is None else torch.cat([row, places[i].to(row)[own]], dim=1)
+                out[i] = (
+                    row
+                    if places is None
+                    else torch.cat([row, to_device(places[i], row.device).to(row.dtype)[own]], dim=1)
+                )
         self.counters.count_tokens(0, sum(map(len, rows)), sum(map(len, out)))
         if not self.planner.profile.inside:
             self.counters.images += len(out)
@@ -136,19 +140,32 @@ class RowSelection:
 
     def _choose(self, tower: TowerOutput, keep: int, images: Sequence[int | None]) -> torch.Tensor:
         """Rows to keep ``[B, K]``. An image that is known at this count keeps its choice, as in ``preselection``."""
-        known = [None if image is None else self.choices.get((image, keep)) for image in images]
+        # The size belongs to the name: processors may make the same pixels of images that are cropped differently.
+        total = tower.total
+        known = [None if image is None else self.choices.get((image, keep, total)) for image in images]
         fresh = [i for i, choice in enumerate(known) if choice is None]
         if fresh:
-            some = TowerOutput(tower.vision[fresh], _as_it_is)
+            some = tower if len(fresh) == len(images) else TowerOutput(_rows(tower.vision, fresh), _as_it_is)
             for i, kept in zip(fresh, self.selector.choose(some, keep).kept, strict=True):
                 known[i] = kept.clone()  # a view would hold the whole batch's
         for image, kept in zip(images, known, strict=True):
             if image is not None and kept is not None:
-                self.choices[image, keep] = kept
-                self.choices.move_to_end((image, keep))
+                self.choices[image, keep, total] = kept
+                self.choices.move_to_end((image, keep, total))
         while len(self.choices) > _REMEMBERED:
             self.choices.popitem(last=False)
         return torch.stack(known)  # type: ignore[arg-type]
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Host values on the device, without waiting for what it is busy with."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+def _rows(values: torch.Tensor, which: list[int]) -> torch.Tensor:
+    return values[to_device(torch.tensor(which), values.device)]
 
 
 def _as_it_is(rows: torch.Tensor) -> torch.Tensor:

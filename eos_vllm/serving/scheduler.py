@@ -53,7 +53,7 @@ class EosSchedulerMixin(Scheduler):
         self._counted: set[str] = set()
         self._selects = planner.profile.before is not None
         self._unreduced: set[str] = set()  # requests whose images are not all in
-        self.chosen: dict[str, int | str] = {}
+        self.chosen: dict[str, int | float | str] = {}
         self.elastic = elastic_of(planner, self.kv_cache_config)
         logger.info("eos: %s", startup_report(planner, self.vllm_config, self.kv_cache_config))
 

@@ -1,6 +1,7 @@
 """Families of models: what is refused at start, how Qwen's positions are numbered, how OneVision's rows end."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.plan import ImageSpan
 from eos_vllm.core.profile import parse_profile
+from eos_vllm.core.selectors.fixed import Uniform
 from eos_vllm.models.image_sizes import image_tokens
 from eos_vllm.serving.hosts import FAMILIES, host_of, model_classes
 from eos_vllm.serving.options import planner_of
@@ -118,6 +120,60 @@ def test_videos_are_off(family: str, model_of: Any, tmp_path: Path) -> None:
     assert config.model_config.multimodal_config.get_limit_per_prompt("image") == 999
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--pipeline-parallel-size", "2"], "later stages would not know"),
+        (["--video-pruning-rate", "0.5"], "numbers positions anew"),
+    ],
+)
+def test_what_a_selection_cannot_go_with_is_refused(
+    more: list[str], words: str, model_of: Any, tmp_path: Path, capsys: Any
+) -> None:
+    selecting = {"reducers": [{"layer": -1, "select": {"rule": "uniform"}, **PRUNE}]}
+    profile = profile_of(build.FAMILIES["qwen2.5-vl"].architecture, **selecting)
+    assert words in refused(model_of("qwen2.5-vl"), [*flags(tmp_path, profile), *more], capsys)
+
+
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision"])
+def test_images_that_end_in_text_do_not_ask_themselves(family: str, model_of: Any, tmp_path: Path, capsys: Any) -> None:
+    profile = profile_of(build.FAMILIES[family].architecture, importance={"queries": "image"})
+    assert "profile.importance.queries='image'" in refused(model_of(family), flags(tmp_path, profile), capsys)
+
+
+def test_tokens_that_the_largest_image_cannot_go_down_to_are_refused(
+    model_of: Any, tmp_path: Path, capsys: Any
+) -> None:
+    budget = {"measure": "layer_average", "share": 0.6}
+    profile = flags(tmp_path, profile_of(build.FAMILIES["qwen2.5-vl"].architecture, budget=budget))
+    line = refused(model_of("qwen2.5-vl"), [*profile, "--eos-retain", "40"], capsys)
+    assert "cannot go below" in line
+
+
+def test_a_step_is_as_long_as_the_largest_image(model_of: Any, tmp_path: Path) -> None:
+    profile = flags(tmp_path, profile_of(build.FAMILIES["llava-onevision"].architecture))
+    config = configure(model_of("llava-onevision"), profile)
+    assert config.scheduler_config.max_num_batched_tokens >= config.additional_config["eos"]["example"] + 64
+
+
+def test_images_of_equal_pixels_and_unequal_size_are_not_mixed_up() -> None:
+    from eos_vllm.core.selectors import TowerOutput
+    from eos_vllm.serving.row_selection import RowSelection
+
+    selection = object.__new__(RowSelection)
+    selection.choices, selection.selector = OrderedDict(), Uniform()
+    for total in (40, 30):
+        tower = TowerOutput(torch.randn(1, total, 4), lambda rows: rows)
+        assert int(selection._choose(tower, 10, [7]).max()) < total
+    assert len(selection.choices) == 2
+
+
+def test_places_that_no_forward_pass_took_end_the_engine() -> None:
+    host = TestNumbering.host(eos_before=object(), eos_moved=(torch.ones(1), torch.zeros(1, 2)))
+    with pytest.raises(RuntimeError, match="replayed or replaced"):
+        host.embed_input_ids(torch.zeros(1), [torch.zeros(1, 5)], is_multimodal=torch.ones(1, dtype=torch.bool))
+
+
 def test_a_graph_of_the_vision_tower_is_refused_where_selection_follows(
     model_of: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -144,7 +200,7 @@ def test_the_largest_image_and_the_image_token_reach_every_process(family: str, 
     planner = planner_of(config)
     assert planner is not None
     assert planner.visual_tokens == config.additional_config["eos"]["example"] > 64
-    assert (planner.image_token is not None) == build.FAMILIES[family].newlines
+    assert (planner.image_token is not None) == (family in ("llava-next", "llava-onevision"))
 
 
 @pytest.mark.parametrize("family", ["llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl"])

@@ -1,5 +1,6 @@
 """Budgets as shares, and profiles for images of any size."""
 
+import json
 import math
 from typing import Any
 
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unit_builders import profile_data, reducer
 
-from eos_vllm.core.budget import Share, kept_counts, layer_average, parse_budget
+from eos_vllm.analysis.scaling import rescale
+from eos_vllm.core.budget import Share, kept_counts, layer_average, parse_budget, plain
 from eos_vllm.core.errors import BudgetError, ProfileError
 from eos_vllm.core.plan import ImageSpan, Planner, rounded_count
 from eos_vllm.core.profile import Profile, parse_profile
@@ -37,6 +39,18 @@ def test_shares_are_read(given_value: Any, expected: Share) -> None:
     assert parse_budget(given_value) == expected
 
 
+@given(st.floats(0.0001, 1.0) | st.integers(1, 20000))
+def test_a_budget_survives_json(value: float) -> None:
+    budget = Share(value) if isinstance(value, float) else value
+    assert parse_budget(json.loads(json.dumps(plain(budget)))) == budget
+    assert parse_budget(str(plain(budget))) == budget
+
+
+def test_a_share_leaves_the_meaning_of_an_old_profile() -> None:
+    old = parse_profile(profile_data())
+    assert rescale(old, Share(0.1)).window == old.window == "prompt"
+
+
 @pytest.mark.parametrize("value", [1, 1.0, "1"])
 def test_one_is_a_token_and_no_share(value: Any) -> None:
     budget = parse_budget(value)
@@ -53,8 +67,9 @@ def test_shares_that_are_none(value: Any) -> None:
 def test_counts_follow_from_each_image_by_one_rule(total: int, share: float) -> None:
     """Written out: rho^t with t = log(share) / log(rho1 rho2), rounded half up, at least 1, not increasing."""
     counts = kept_counts(any_size(), Share(share), total)
-    assert counts[1] == max(1, int(total * 0.25 ** (share_power := math.log(share, 0.25)) + 0.5))
-    assert counts[0] == max(counts[1], min(total, int(total * 0.5**share_power + 0.5)))
+    power = math.log(share) / math.log(0.25)
+    assert counts[1] == max(1, math.floor(total * 0.25**power + 0.5))
+    assert counts[0] == max(counts[1], min(total, math.floor(total * 0.5**power + 0.5)))
 
 
 @given(st.integers(1, 20000), st.integers(1, 25000))

@@ -14,6 +14,8 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageProcessorItems
 
+from eos_vllm.core.errors import SettingError
+from eos_vllm.core.profile import Profile
 from eos_vllm.serving.contract import Takes
 from eos_vllm.serving.hosts.base import EosHostMixin
 from eos_vllm.serving.hosts.host import Host, check_rows_selector
@@ -79,6 +81,18 @@ class EosLlavaNextForConditionalGeneration(EosHostMixin, LlavaNextForConditional
     """vLLM's class with reducers."""
 
 
+def check(profile: Profile, config: Any) -> None:
+    """Refuses what :func:`check_rows_selector` does, and images that ask themselves: their last places are row ends.
+
+    Raises:
+        SettingError: one of these.
+    """
+    if profile.before is None and profile.importance.queries == "image":
+        problem = "an image's last places are no visual tokens in this family"
+        raise SettingError("profile.importance.queries", "image", problem, "let text ask")
+    check_rows_selector(profile, config)
+
+
 def image_token(config: Any) -> int:
     """The token of visual places; others within an image are row ends."""
     return config.image_token_index
@@ -89,4 +103,4 @@ ROW_ENDS = (
     Takes(f"{_INFO}._get_num_unpadded_features", ("original_height", "original_width", "npatches")),
     Takes(f"{_INFO}.get_num_image_tokens", ("image_width", "image_height")),
 )
-HOST = Host("LLaVA-NeXT", ("mistral", "llama", "qwen2"), check_rows_selector, image_token, ROW_ENDS)
+HOST = Host("LLaVA-NeXT", ("mistral", "llama", "qwen2"), check, image_token, ROW_ENDS)

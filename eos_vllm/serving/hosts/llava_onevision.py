@@ -12,8 +12,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import Profile
+from eos_vllm.serving.hosts import llava_next as row_ends
 from eos_vllm.serving.hosts.base import EosHostMixin
-from eos_vllm.serving.hosts.host import Host, check_rows_selector
+from eos_vllm.serving.hosts.host import Host
 from eos_vllm.serving.hosts.llava_next import ROW_ENDS, RowEndsMixin, image_token
 
 _TILING = "anyres_max_9"
@@ -31,7 +32,7 @@ class EosLlavaOnevisionForConditionalGeneration(EosHostMixin, LlavaOnevisionForC
 
 
 def check(profile: Profile, config: Any) -> None:
-    """Refuses another tiling than the one that vLLM takes for granted, beside what :func:`check_rows_selector` does.
+    """Refuses another tiling than the one that vLLM takes for granted, beside what LLaVA-NeXT refuses.
 
     Raises:
         SettingError: one of these.
@@ -39,7 +40,7 @@ def check(profile: Profile, config: Any) -> None:
     if (tiling := getattr(config, "vision_aspect_ratio", _TILING)) != _TILING:
         problem = f"vLLM tiles images by {_TILING} whatever the model says, so that its answers are not the model's"
         raise SettingError("model.vision_aspect_ratio", tiling, problem, f"serve a model of {_TILING}")
-    check_rows_selector(profile, config)
+    row_ends.check(profile, config)
 
 
 HOST = Host("LLaVA-OneVision", ("qwen2",), check, image_token, ROW_ENDS)

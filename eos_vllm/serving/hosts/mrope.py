@@ -9,6 +9,7 @@ import torch
 
 from eos_vllm.serving.hosts.base import EosHostMixin
 from eos_vllm.serving.image_processor import EosProcessorMixin
+from eos_vllm.serving.row_selection import to_device
 
 
 class GridProcessorMixin(EosProcessorMixin):
@@ -61,7 +62,13 @@ class GridHostMixin(EosHostMixin):
     def embed_input_ids(
         self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As vLLM's; takes the places of selected rows off their features."""
+        """As vLLM's; takes the places of selected rows off their features.
+
+        Raises:
+            RuntimeError: the last step's places were never used: its answers would be wrong.
+        """
+        if self.eos_moved is not None:
+            raise RuntimeError("eos: a step with selected images replayed or replaced the model's forward pass")
         if self.eos_before is not None and multimodal_embeddings is not None and len(multimodal_embeddings):
             assert is_multimodal is not None
             digits = torch.cat([rows[:, -_CHANNELS:] for rows in multimodal_embeddings]).long().unflatten(1, (2, 2))
@@ -77,7 +84,7 @@ class GridHostMixin(EosHostMixin):
             return positions
         (mask, places), self.eos_moved = self.eos_moved, None
         moved = positions.new_zeros(len(mask), 2)
-        moved.masked_scatter_(mask.to(positions.device).unsqueeze(1), places.to(positions.dtype))
+        moved.masked_scatter_(to_device(mask, positions.device).unsqueeze(1), places.to(positions.dtype))
         positions[1:, : len(mask)] += moved.T
         return positions
 
