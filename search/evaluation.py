@@ -12,7 +12,7 @@ from eos_search.raw import digest
 from eos_search.selection import BLOCK, EARLIER, IMAGE, ROUNDED, SELECTIONS, asked_by_image
 from eos_vllm import profiles
 from eos_vllm.cluttervqa import Row
-from eos_vllm.core.budget import kept_counts, layer_average, own_budget
+from eos_vllm.core.budget import kept_counts, layer_average, own_budget, plain
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.plan import Planner
 
@@ -123,7 +123,7 @@ def describe(case: Case) -> dict[str, Any]:
     return {
         "profile": case.name,
         "does": digest(case.profile),
-        "budget": own_budget(case.profile) if case.budget is None else case.budget,
+        "budget": plain(own_budget(case.profile)) if case.budget is None else case.budget,
         "kept": list(counts),
         "layer_average": round(layer_average(case.profile, counts), 1),
     }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eos_vllm.analysis.cost import Geometry, PromptCost, flops_crossover, prompt_cost
-from eos_vllm.core.budget import RetainBudget, cost, layer_average
+from eos_vllm.core.budget import RetainBudget, cost, layer_average, plain
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 from eos_vllm.core.profile import SCHEMA, BudgetMeasure, Profile, check_fits, parse_profile
@@ -89,7 +89,7 @@ def compare(
     counts = planner.counts(budget)
     unreduced = RequestPlan(images * visual + text_tokens, tuple(whole), ((visual,),) * images)
     return CostComparison(
-        budget=_plain(planner.budget if budget is None else budget),
+        budget=plain(planner.budget if budget is None else budget),
         counts=counts,
         final=int(cost(profile, counts, "final", visual)),
         layer_average=layer_average(profile, counts, visual),
@@ -102,10 +102,6 @@ def compare(
             block_size,
         ),
     )
-
-
-def _plain(budget: RetainBudget) -> int | str:
-    return budget if isinstance(budget, int) else str(budget)
 
 
 def measured_by(profile: Profile, measure: BudgetMeasure, geometry: Geometry) -> Profile:

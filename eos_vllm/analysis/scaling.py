@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from eos_vllm.core.budget import RetainBudget, Share, kept_counts, own_budget
+from eos_vllm.core.budget import RetainBudget, Share, kept_counts, own_budget, plain
 from eos_vllm.core.errors import ProfileError
 from eos_vllm.core.profile import SCHEMA, Profile, WindowKind, parse_profile
 
@@ -38,7 +38,7 @@ def rescale(profile: Profile, budget: RetainBudget) -> Profile:
         counts = kept_counts(profile, budget)
         if isinstance(budget, int):
             data["schedules"][str(budget)] = list(counts)
-    data["provenance"]["rescaled"] = {"name": profile.name, "budget": str(own_budget(profile))}
+    data["provenance"]["rescaled"] = {"name": profile.name, "budget": plain(own_budget(profile))}
     return parse_profile(data, f"{profile.name} rescaled")
 
 
@@ -96,7 +96,8 @@ def scale_to_model(
             return count
         return count and max(1, math.floor(count * visual_tokens / model.visual_tokens + 0.5))
 
-    origin = f"Scaled from {profile.name} ({model.num_decoder_layers} layers, {model.visual_tokens} visual tokens)"
+    images = "images of any size" if model.visual_tokens is None else f"{model.visual_tokens} visual tokens"
+    origin = f"Scaled from {profile.name} ({model.num_decoder_layers} layers, {images})"
     about = f"; of that one is said: {profile.description}" if profile.description else ""
     data: dict[str, Any] = profile.to_dict()
     data["name"] = name or f"{profile.name}-{num_decoder_layers}-layers"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eos_vllm.core.errors import BudgetError
+from eos_vllm.core.errors import BudgetError, ProfileError
 from eos_vllm.core.profile import BudgetMeasure, Profile, Withdrawal
 
 REQUEST_FIELD = "eos_retain"
@@ -27,7 +27,8 @@ class Share:
 RetainBudget = int | Share
 
 
-def _plain(budget: RetainBudget) -> int | str:
+def plain(budget: RetainBudget) -> int | str:
+    """A budget as JSON has it: tokens, or text such as ``11%``; :func:`parse_budget` reads both."""
     return str(budget) if isinstance(budget, Share) else budget
 
 
@@ -64,11 +65,12 @@ def image_size(profile: Profile, total: int | None = None) -> int:
     """Visual tokens of an image: as given, else the profile's.
 
     Raises:
-        ValueError: a profile for images of any size, and no image.
+        ProfileError: a profile for images of any size, and no image.
     """
     total = profile.model.visual_tokens if total is None else total
     if total is None:
-        raise ValueError(f"profile {profile.name!r} is for images of any size: it takes an image's visual tokens")
+        problem = "it takes images of any size, and no image is known here"
+        raise ProfileError("profile.model.visual_tokens", profile.name, problem, "name a profile of a fixed number")
     return total
 
 
@@ -88,7 +90,7 @@ def kept_counts(profile: Profile, budget: RetainBudget | None = None, total: int
 
     Raises:
         BudgetError: the budget is below 1, or below what the measure can reach with these layers.
-        ValueError: no ``total``, of a profile for images of any size.
+        ProfileError: no ``total``, of a profile for images of any size.
     """
     total = image_size(profile, total)
     budget = own_budget(profile) if budget is None else budget
@@ -154,7 +156,7 @@ def _power_for(profile: Profile, shares: list[float], budget: RetainBudget, tota
     if all(share >= 1.0 for share in shares):
         raise BudgetError(
             REQUEST_FIELD,
-            _plain(budget),
+            plain(budget),
             f"no reducer of profile {profile.name!r} discards anything",
             f"give {'100%' if asks_share else total}, or a profile whose gate*discard is above 0 somewhere",
         )
@@ -165,7 +167,7 @@ def _power_for(profile: Profile, shares: list[float], budget: RetainBudget, tota
         least = cost(profile, [total if share > 0 else 0.0 for share in shares], measure, total)
         if measure != "final" and target < math.floor(least):
             problem = f"profile {profile.name!r} only withdraws, which leaves {least:.1f} of {total} by {measure}"
-            raise BudgetError(REQUEST_FIELD, _plain(budget), problem, f"give {range_from(math.floor(least))}")
+            raise BudgetError(REQUEST_FIELD, plain(budget), problem, f"give {range_from(math.floor(least))}")
         return 1.0
 
     def cost_at(power: float) -> float:
@@ -174,7 +176,7 @@ def _power_for(profile: Profile, shares: list[float], budget: RetainBudget, tota
     if target <= (floor := cost_floor(profile, total)):
         raise BudgetError(
             REQUEST_FIELD,
-            _plain(budget),
+            plain(budget),
             f"profile {profile.name!r} measures by {measure}, which cannot go below {floor:.1f} of an image's {total} "
             "tokens with its layers",
             f"give {range_from(floor * 1.01 if asks_share else math.floor(floor) + 1)}, or use measure final",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eos_vllm.core.budget import RetainBudget, Share, kept_counts, kept_of_selected, own_budget, tokens_of
+from eos_vllm.core.budget import RetainBudget, Share, image_size, kept_counts, kept_of_selected, own_budget, tokens_of
 from eos_vllm.core.profile import Profile, Withdrawal
 from eos_vllm.core.windows import IMAGE_QUERIES, WindowRule
 
@@ -262,11 +262,9 @@ class Planner:
         """Of an image as the profile thinks of it, or of the example.
 
         Raises:
-            ValueError: images of any size, and no example.
+            ProfileError: images of any size, and no example.
         """
-        if self.example is None:
-            raise ValueError(f"profile {self.profile.name!r} is for images of any size: name one")
-        return self.example
+        return image_size(self.profile, self.example)
 
     def counts(self, budget: RetainBudget | None = None, total: int | None = None) -> tuple[int, ...]:
         """Visual tokens of one image left after each reducer, rounded to blocks.

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import Profile, parse_profile
-from eos_vllm.serving.hosts import host_of, model_classes
+from eos_vllm.serving.hosts import TAKE_VIDEOS, host_of, model_classes
 from eos_vllm.serving.options import KEY, hand_to_processors, planner_of, resolve_options
 
 WORKER_EXTENSION = "eos_vllm.serving.worker.EosWorkerExtension"
@@ -143,6 +143,8 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
     if profile.before is not None and engine_args.enable_tower_connector_lora:
         problem = "adapters of the vision tower are mapped by placeholders, of which there are fewer than patches"
         raise SettingError("enable-tower-connector-lora", True, problem, "leave it out, or reduce in the decoder only")
+    if profile.model.architecture in TAKE_VIDEOS:
+        _refuse_videos(engine_args)
     if not profile.inside:
         # Nothing happens within the decoder: all that vLLM can do stays as it is.
         engine_args.model_class_overrides = {**engine_args.model_class_overrides, **model_classes()}
@@ -172,6 +174,20 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
     _ask_model(engine_args, config)
     finish(config)
     return config
+
+
+def _refuse_videos(engine_args: Any) -> None:
+    """Videos off, with vLLM's own 400 for a request that holds one: nothing is proven of them.
+
+    Raises:
+        SettingError: they were asked for.
+    """
+    limits = dict(engine_args.limit_mm_per_prompt or {})
+    asked = limits.get("video", 0)
+    if (asked.get("count", 1) if isinstance(asked, dict) else asked) != 0:
+        problem = "videos are not reduced, and not proven beside images that are"
+        raise SettingError("limit-mm-per-prompt.video", asked, problem, "leave it out")
+    engine_args.limit_mm_per_prompt = {**limits, "video": 0}
 
 
 def _ask_model(engine_args: Any, config: Any) -> None:
@@ -329,6 +345,11 @@ def _install(vllm_config: Any) -> None:
     from eos_vllm.serving.metrics import install_stat_logger
     from eos_vllm.serving.request_checks import install_request_checks
 
+    planner = planner_of(vllm_config)
+    assert planner is not None
+    if planner.profile.before is not None and vllm_config.compilation_config.cudagraph_mm_encoder:
+        problem = "the vision tower's graph would be replayed without the selection behind it"
+        raise SettingError("compilation-config.cudagraph_mm_encoder", True, problem, "leave it out")
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise SettingError("VLLM_USE_RUST_FRONTEND", 1, "it does not check requests", "unset it")
     check_contract("front end")

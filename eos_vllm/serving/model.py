@@ -60,7 +60,7 @@ class Reduction:
         for index, layer in self.attention.items():
             convert(layer, self.profile.segment_of_layer(index), self.batch)
         self.reducer_after = {layer: i for i, layer in enumerate(self.profile.layers)}
-        # Of what the vision tower gives for a token: beside its own features those that later layers add.
+        # Of what the encoder cache holds of a token: beside its own features those that later layers add.
         self.row_width = (1 + added_to) * vllm_config.model_config.hf_text_config.hidden_size
         alone = {*self.profile.layers, *range(added_to)}
         self.parts = list(stretches(decoder.layers, self.layers, alone, compiles(vllm_config)))

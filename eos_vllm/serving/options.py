@@ -4,7 +4,7 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from eos_vllm.core.budget import Share, parse_budget
+from eos_vllm.core.budget import parse_budget, plain
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.plan import Planner
 from eos_vllm.core.profile import Profile, parse_profile
@@ -50,7 +50,7 @@ def resolve_options(raw: Any) -> dict[str, Any]:
     return {
         "profile": profile.to_dict(),
         "source": source,
-        "retain": str(retain) if isinstance(retain, Share) else retain,
+        "retain": None if retain is None else plain(retain),
         "example": raw.get("example"),
         "image_token": raw.get("image_token"),
         "exact_counts": bool(raw.get("exact_counts", False)),

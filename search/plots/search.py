@@ -9,7 +9,7 @@ from matplotlib.ticker import NullFormatter
 
 from eos_search.plots.canvas import MARKS, panels
 from eos_search.theta import KINDS
-from eos_vllm.core.budget import image_size, kept_counts, layer_average, own_budget
+from eos_vllm.core.budget import image_size, kept_counts, layer_average, own_budget, plain
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile
 
@@ -81,7 +81,7 @@ def profile_figure(profile: Profile, budgets: Sequence[int | None]) -> tuple[Fig
     for budget in budgets:
         counts = kept_counts(profile, budget)
         seen = [(visual, *counts)[profile.segment_of_layer(layer)] for layer in range(depth)]
-        own = own_budget(profile) if budget is None else budget
+        own = plain(own_budget(profile)) if budget is None else budget
         mean = layer_average(profile, counts)
         axes[0].step(range(depth), seen, where="mid", label=f"retain {own} (layer average {mean:.1f})")
         data["tokens"][str(own)] = {"by_layer": seen, "layer_average": round(mean, 2)}

@@ -107,7 +107,7 @@ def test_the_shape_and_the_geometry_count_visual_tokens_alike():
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"model_type": "llava_next"}, "model_type"),
+        ({"model_type": "mllama"}, "model_type"),
         ({"text_config": {"model_type": "other"}}, "text_config.num_attention_heads"),
         ({"text_config": {"model_type": "llama", "hidden_size": "big"}}, "text_config.hidden_size"),
         ({"text_config": {"model_type": "llama", "num_hidden_layers": 0}}, "text_config.num_hidden_layers"),
@@ -131,3 +131,47 @@ def test_a_path_that_cannot_be_used_is_refused(tmp_path, content):
     with pytest.raises(EosError) as caught:
         geometry(path)
     assert caught.value.field == "model"
+
+
+@pytest.mark.parametrize(
+    ("document", "sizes"),
+    [
+        (  # Qwen2.5-VL-7B as it was published: the language model's sizes beside everything else
+            {
+                "model_type": "qwen2_5_vl",
+                "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "image_token_id": 151655,
+                "vision_config": {"depth": 32},
+            },
+            ("Qwen2_5_VLForConditionalGeneration", 28, 28, 4, 128, 151655),
+        ),
+        (  # Qwen3-VL-8B: a width of heads of its own
+            {
+                "model_type": "qwen3_vl",
+                "text_config": {
+                    "hidden_size": 4096,
+                    "num_hidden_layers": 36,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 8,
+                    "head_dim": 128,
+                },
+                "vision_config": {"depth": 27},
+            },
+            ("Qwen3VLForConditionalGeneration", 36, 32, 8, 128, 151655),
+        ),
+        (  # LLaVA-NeXT-Mistral-7B, which leaves out what is Mistral's default
+            {"model_type": "llava_next", "text_config": {"model_type": "mistral"}, "image_token_index": 32000},
+            ("LlavaNextForConditionalGeneration", 32, 32, 8, 128, 32000),
+        ),
+    ],
+)
+def test_models_of_images_of_any_size(document, sizes):
+    found = geometry(document)
+    have = (found.architecture, found.num_decoder_layers, found.num_attention_heads, found.num_kv_heads)
+    assert (*have, found.head_dim, found.image_token_id) == sizes
+    assert found.visual_tokens is None

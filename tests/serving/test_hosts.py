@@ -102,6 +102,31 @@ def test_an_unknown_family_is_refused() -> None:
         host_of(SimpleNamespace(architectures=["MllamaForConditionalGeneration"], model="x"))
 
 
+@pytest.mark.parametrize("limits", [{"video": 1}, {"video": {"count": 2}}])
+def test_videos_that_are_asked_for_are_refused(limits: Any, model_of: Any, tmp_path: Path, capsys: Any) -> None:
+    architecture = build.FAMILIES["qwen2.5-vl"].architecture
+    profile = flags(tmp_path, profile_of(architecture))[:2]
+    line = refused(model_of("qwen2.5-vl"), [*profile, "--limit-mm-per-prompt", json.dumps(limits)], capsys)
+    assert "limit-mm-per-prompt.video" in line
+
+
+@pytest.mark.parametrize("family", ["llava-onevision", "qwen2.5-vl", "qwen3-vl"])
+def test_videos_are_off(family: str, model_of: Any, tmp_path: Path) -> None:
+    profile = flags(tmp_path, profile_of(build.FAMILIES[family].architecture))[:2]
+    config = configure(model_of(family), profile)
+    assert config.model_config.multimodal_config.get_limit_per_prompt("video") == 0
+    assert config.model_config.multimodal_config.get_limit_per_prompt("image") == 999
+
+
+def test_a_graph_of_the_vision_tower_is_refused_where_selection_follows(
+    model_of: Any, tmp_path: Path, capsys: Any
+) -> None:
+    selecting = {"reducers": [{"layer": -1, "select": {"rule": "uniform"}, **PRUNE}]}
+    profile = profile_of(build.FAMILIES["qwen2.5-vl"].architecture, **selecting)
+    more = ["--compilation-config", json.dumps({"cudagraph_mm_encoder": True})]
+    assert "cudagraph_mm_encoder" in refused(model_of("qwen2.5-vl"), [*flags(tmp_path, profile), *more], capsys)
+
+
 def test_a_onevision_that_tiles_otherwise_is_refused(model_of: Any, tmp_path: Path, capsys: Any) -> None:
     source, copy = model_of("llava-onevision"), tmp_path / "model"
     copy.mkdir()

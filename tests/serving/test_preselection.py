@@ -10,7 +10,7 @@ from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.models.geometry import geometry
 from eos_vllm.models.images import sample_image
-from eos_vllm.serving.engine_args import check_tower
+from eos_vllm.serving.hosts.llava import check_tower
 from eos_vllm.serving.image_processor import FINGERPRINT, KEEP
 from support.engines import Ask, answer_all, engine, free_blocks
 

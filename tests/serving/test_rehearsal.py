@@ -20,7 +20,7 @@ def start(model: Path) -> None:
 def test_a_reducer_that_keeps_other_counts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from eos_vllm.serving import model
 
-    def keep_all(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def keep_all(hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return hidden, torch.arange(len(hidden))
 
     monkeypatch.setattr(model, "reduce_tokens", keep_all)

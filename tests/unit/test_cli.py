@@ -104,7 +104,9 @@ def test_plan_as_json_agrees_with_the_text_and_takes_several_budgets(capsys: pyt
     ]
     data = json.loads(output(capsys, "plan", "--profile", V2, *argv, "--json"))
     assert (data["profile"], data["measure"]) == (V2, "layer_average")
-    assert data["prompt"] == {"text_tokens": 100, "images": 2, "dtype": "float32", "block_size": 32}
+    assert data["prompt"] == {"text_tokens": 100, "images": 2, "dtype": "float32", "block_size": 32} | {
+        "visual_tokens": 576
+    }
     # Removed tokens are whole blocks of 32: the schedules are 300, 200, 118 and 66, 34, 20.
     assert [plan["counts"] for plan in data["plans"]] == [[288, 192, 128], [64, 32, 32]]
     first = data["plans"][0]["reduced"]["segments"][1]

@@ -52,7 +52,7 @@ def test_profile_rescale_writes_a_valid_file(capsys: pytest.CaptureFixture[str],
     out = tmp_path / "theta.json"
     shown = output(capsys, "profile", "rescale", "eos-llava-1.5-7b", "--retain", "32", "--out", str(out))
     costs = "layer average 127.7, visual KV 22.2% of stock's, final 32"
-    assert shown == f"wrote {out}: eos-llava-1.5-7b keeps 191, 73, 32, {costs}\n"
+    assert shown == f"wrote {out}: eos-llava-1.5-7b keeps 191, 73, 32 of 576, {costs}\n"
     assert read_profile(out).schedules == {"32": (191, 73, 32)}
     again = output(capsys, "profile", "rescale", str(out), "--retain", "16", "--out", str(out))
     assert "final 16" in again

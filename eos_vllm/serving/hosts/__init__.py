@@ -19,6 +19,12 @@ FAMILIES = {
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
 }
+# Those whose processors take videos, too.
+TAKE_VIDEOS = (
+    "LlavaOnevisionForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+)
 
 
 def model_classes() -> dict[str, str]:

@@ -40,10 +40,14 @@ class EosHostMixin:
         if planner.profile.inside:
             decoder = self.language_model.model  # type: ignore[attr-defined]
             self.eos = Reduction(planner, decoder, vllm_config, counters, self.eos_layers_added_to())
+            self.eos.row_width += self.eos_channels if self.eos_before is not None else 0
             if self.eos.stages > 1:
                 extend_intermediate_tensors(self, self.eos.sends_embeddings)
 
     # What a family may do otherwise.
+
+    # Numbers behind the features of a selected row that say where it stands (:meth:`eos_places`).
+    eos_channels = 0
 
     def eos_takes_images(self) -> bool:
         """Whether this process has a vision tower."""

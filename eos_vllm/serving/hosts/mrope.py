@@ -38,6 +38,7 @@ class GridHostMixin(EosHostMixin):
     positions: on the device, in steps that prefill images, and nowhere else.
     """
 
+    eos_channels = _CHANNELS
     eos_moved: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def eos_images(self, kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
@@ -83,18 +84,21 @@ class GridHostMixin(EosHostMixin):
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
         """As vLLM's; an image that lost tokens before the decoder stands at its first place with all that is left."""
         sizes = [self._grid(feature) for feature in mm_features]
-        if all(math.prod(grid) == feature.mm_position.length for grid, feature in zip(sizes, mm_features, strict=True)):
+        whole = [
+            feature.data is not None and math.prod(grid) == feature.mm_position.length
+            for grid, feature in zip(sizes, mm_features, strict=True)
+        ]
+        if all(whole):
             return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
         parts: list[np.ndarray] = []
         done = position = 0
-        for feature, grid in sorted(
-            zip(mm_features, sizes, strict=True), key=lambda found: found[0].mm_position.offset
+        for feature, grid, is_whole in sorted(
+            zip(mm_features, sizes, whole, strict=True), key=lambda found: found[0].mm_position.offset
         ):
             start, length = feature.mm_position.offset, feature.mm_position.length
             parts.append(np.tile(np.arange(start - done) + position, (3, 1)))
             position += start - done
-            whole = math.prod(grid) == length
-            image = np.indices(grid).reshape(3, -1) if whole else np.zeros((3, length), np.int64)
+            image = np.indices(grid).reshape(3, -1) if is_whole else np.zeros((3, length), np.int64)
             parts.append(image + position)
             position, done = position + max(grid), start + length
         parts.append(np.tile(np.arange(len(input_tokens) - done) + position, (3, 1)))
