@@ -40,8 +40,11 @@ class Counters:
         for i, (tokens_in, kept) in enumerate(zip(self.tokens_in, self.tokens_kept, strict=True)):
             now[f"in/{i}"], now[f"kept/{i}"] = tokens_in, kept
         taken, self._taken = self._taken, now
-        named, self._named = self._named, {}
-        return {key: value - taken.get(key, 0) for key, value in now.items()} | named
+        increments = {key: value - taken.get(key, 0) for key, value in now.items()}
+        if self._named:
+            increments |= self._named
+            self._named = {}
+        return increments
 
     def add(self, name: str, label: str | int, value: int) -> None:
         """Adds to a figure that has a label of its own; only what was added to travels with a step."""

@@ -153,6 +153,7 @@ def test_reduced_vllm_is_the_reference(case: Case, name: str) -> None:
             assert watch.reduced
             assert watch.chunks
         assert free_blocks(llm) == free
+        assert llm.collective_rpc("eos_report")[0]["lost"] == []
         expected = Reference(case.hf, profile, marker_of(llm))
     assert forced
     assert any(answer.cached_tokens for answer in again)
