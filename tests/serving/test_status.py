@@ -1,6 +1,7 @@
 """``GET /eos/status`` of a real server: who may ask, what it says, and that it sees a proof that is lost."""
 
 import json
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from eos_vllm.cli.demo import counter
@@ -144,6 +146,18 @@ def test_attention_that_was_replaced_is_seen_and_mended(server: Server) -> None:
     in_workers(server, "eos_mend")
     assert status_when(server, lambda code, _: code == 200)[0] == 200
     assert lost(server) == 0
+
+
+def test_an_engine_that_hangs_is_seen_and_comes_back(server: Server) -> None:
+    (engine,) = [p for p in psutil.Process(server.process.pid).children(recursive=True) if "EngineCore" in p.name()]
+    engine.send_signal(signal.SIGSTOP)
+    try:
+        code, found = status_when(server, lambda code, _: code == 503)
+        assert (code, found["status"], found["engines"]) == (503, "unknown", [])
+        assert found["reasons"] == ["the workers did not answer within 5 s"]
+    finally:
+        engine.send_signal(signal.SIGCONT)
+    assert status_when(server, lambda code, _: code == 200)[0] == 200
 
 
 def test_images_that_were_planned_and_not_reduced_are_seen(client: openai.OpenAI, server: Server) -> None:
