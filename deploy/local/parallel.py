@@ -24,8 +24,10 @@ from eos_vllm.models.images import sample_image, to_data_url
 from eos_vllm.models.tiny import write_tiny_model
 
 PROFILE, IMAGES, BLOCK = "embedded-searched", 6, 32
-FLAGS = ("--served-model-name=tiny", f"--eos-profile={PROFILE}", "--dtype=float32", "--enforce-eager")
-FLAGS += ("--max-model-len=2048", f"--kv-cache-memory-bytes={64 << 20}")
+FLAGS = (
+    *("--served-model-name=tiny", f"--eos-profile={PROFILE}", "--dtype=float32", "--enforce-eager"),
+    *("--max-model-len=2048", f"--kv-cache-memory-bytes={64 << 20}"),
+)
 NODES = "--nnodes 2 --master-addr 127.0.0.1"
 # Name: flags of all, and of the second node where there is one.
 WAYS = {
