@@ -14,7 +14,7 @@ from PIL import Image
 
 from eos_search.selection import EARLIER, SELECTIONS, rows_before, selection_scores
 from eos_vllm.cluttervqa import Row
-from eos_vllm.core.budget import REQUEST_FIELD
+from eos_vllm.core.budget import REQUEST_FIELD, RetainBudget, Share, plain
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile
 
@@ -38,7 +38,7 @@ class Case:
 
     name: str
     profile: Profile | None
-    budget: int | None
+    budget: RetainBudget | None
     selection: str | None = None
     blind: bool = False
     changed: str | None = None
@@ -133,7 +133,9 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
     return replies
 
 
-def _entering(reference: Any, rows: Sequence[Row], pictures: Sequence[Any], budget: int | None) -> tuple[Any, Any, Any]:
+def _entering(
+    reference: Any, rows: Sequence[Row], pictures: Sequence[Any], budget: RetainBudget | None
+) -> tuple[Any, Any, Any]:
     """What enters the decoder for each row, the images' spans, and what all of them share where that is one image."""
     before = shared = None
     asked: list[Any] = []
@@ -176,7 +178,7 @@ class ServerAnswerer:
     """
 
     def __init__(
-        self, base_url: str, model: str, max_tokens: int = 8, visual_tokens: int | None = None, at_once: int = 16
+        self, base_url: str, model: str, max_tokens: int = 8, unreduced: int | str | None = None, at_once: int = 16
     ) -> None:
         """Connects.
 
@@ -184,7 +186,7 @@ class ServerAnswerer:
             base_url: address, ``/v1`` included.
             model: name under which the model is served.
             max_tokens: longest answer.
-            visual_tokens: of an image; unreduced answers ask a server with a profile for as many. None: it has none.
+            unreduced: budget with which a server with a profile answers unreduced; None: it has no profile.
             at_once: requests under way at a time.
 
         Raises:
@@ -194,7 +196,7 @@ class ServerAnswerer:
 
         self.client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=2)
         self.base_url, self.model, self.max_tokens, self.at_once = base_url, model, max_tokens, at_once
-        self.visual_tokens = visual_tokens
+        self.unreduced = unreduced
         with self._told():
             served = [entry.id for entry in self.client.models.list()]
         if model not in served:
@@ -221,14 +223,14 @@ class ServerAnswerer:
                 raise EosError("profile", case.name, "is not served", "leave --base-url out to use the reference")
 
         def ask(case: Case, row: Row) -> str:
-            reply = self._ask(row, self.visual_tokens if case.profile is None else case.budget)
+            reply = self._ask(row, self.unreduced if case.profile is None else case.budget)
             progress(1)
             return reply
 
         with self._told(), ThreadPoolExecutor(self.at_once) as pool:
             return [list(pool.map(partial(ask, case), rows)) for case in cases]
 
-    def _ask(self, row: Row, budget: int | None) -> str:
+    def _ask(self, row: Row, budget: RetainBudget | str | None) -> str:
         from eos_vllm.models.images import to_data_url
 
         content: list[Any] = [
@@ -236,12 +238,13 @@ class ServerAnswerer:
             for file in row.image_files
         ]
         content.append({"type": "text", "text": row.prompt})
+        asked = plain(budget) if isinstance(budget, int | Share) else budget
         reply = self.client.chat.completions.create(
             model=self.model,
             messages=[{"role": "user", "content": content}],
             max_tokens=self.max_tokens,
             temperature=0,
-            extra_body={} if budget is None else {"vllm_xargs": {REQUEST_FIELD: budget}},
+            extra_body={} if asked is None else {"vllm_xargs": {REQUEST_FIELD: asked}},
         )
         return reply.choices[0].message.content or ""
 

@@ -15,7 +15,7 @@ from eos_search.evaluation import cases, evaluate, key, table
 from eos_search.raw import fingerprint, plain, read_earlier, read_result, weights_digest, write_raw
 from eos_search.selection import EARLIER, rows_before
 from eos_vllm.cluttervqa import SPLITS, Row, export, read_rows
-from eos_vllm.core.budget import parse_tokens
+from eos_vllm.core.budget import parse_budget
 from eos_vllm.core.errors import EosError
 
 BUDGETS = "192,128,96,64,32,16"
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from eos_vllm.models import embedded
     from eos_vllm.provenance import provenance
 
-    budgets = [None] if args.budgets == "own" else [parse_tokens(b, "--budgets") for b in args.budgets.split(",")]
+    budgets = [None] if args.budgets == "own" else [parse_budget(b, "--budgets") for b in args.budgets.split(",")]
     wanted = cases([name.strip() for name in args.profiles.split(",")], budgets)
     with tempfile.TemporaryDirectory(prefix="eos-rows-") as folder:
         file = args.rows or export(Path(folder) / "rows", args.split, args.images)
@@ -164,8 +164,12 @@ def answerer_for(args: argparse.Namespace, wanted: Sequence[Case]) -> ReferenceA
         if len(found) > 1:
             problem = "a server has one profile"
             raise EosError("--profiles", ",".join(found), problem, "name that, and none for the unreduced answers")
-        total = next((profile.model.visual_tokens for profile in found.values()), None)
-        return ServerAnswerer(args.base_url, args.served_model, args.max_tokens, total)
+        unreduced = next((profile.model.visual_tokens or "100%" for profile in found.values()), None)
+        return ServerAnswerer(args.base_url, args.served_model, args.max_tokens, unreduced)
+    for case in wanted:
+        if case.profile is not None and case.profile.model.visual_tokens is None:
+            problem = "it takes images of any size, which the reference does not"
+            raise EosError("--profiles", case.name, problem, "evaluate a server that has it: --base-url")
     from eos_vllm.models import embedded
 
     return ReferenceAnswerer(args.model or embedded.path(), args.max_tokens, args.processes)

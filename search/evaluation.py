@@ -12,14 +12,17 @@ from eos_search.raw import digest
 from eos_search.selection import BLOCK, EARLIER, IMAGE, ROUNDED, SELECTIONS, asked_by_image
 from eos_vllm import profiles
 from eos_vllm.cluttervqa import Row
-from eos_vllm.core.budget import kept_counts, layer_average, own_budget, plain
+from eos_vllm.core.budget import RetainBudget, kept_counts, layer_average, own_budget, plain
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.plan import Planner
 
 CHANGES = (*SELECTIONS, EARLIER, IMAGE, ROUNDED, *CORNERS)
 
+# Visual tokens of an image, where any do to see whether a budget can be met.
+_ANY = 1024
 
-def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
+
+def cases(names: Sequence[str], budgets: Sequence[RetainBudget | None]) -> list[Case]:
     """Every named profile at every budget; ``none`` and ``blind`` once, since they reduce nothing.
 
     Args:
@@ -52,7 +55,7 @@ def cases(names: Sequence[str], budgets: Sequence[int | None]) -> list[Case]:
         elif change == IMAGE:
             profile = asked_by_image(profile)
         for budget in budgets:
-            kept_counts(profile, budget)
+            kept_counts(profile, budget, profile.model.visual_tokens or _ANY)
             label = f"{change}@{plain}" if change else plain
             if any(case.name == label and case.profile != profile for case in found):
                 raise EosError("profiles", label, "is the name of two profiles", "give each its own")
@@ -119,14 +122,15 @@ def describe(case: Case) -> dict[str, Any]:
     """Name, digest, budget, counts after each reducer and layer average of a case."""
     if case.profile is None:
         return {"profile": case.name, "does": None, "budget": None, "kept": [], "layer_average": None}
-    counts = Planner(case.profile, block=case.block).counts(case.budget)
-    return {
+    head = {
         "profile": case.name,
         "does": digest(case.profile),
-        "budget": plain(own_budget(case.profile)) if case.budget is None else case.budget,
-        "kept": list(counts),
-        "layer_average": round(layer_average(case.profile, counts), 1),
+        "budget": plain(own_budget(case.profile) if case.budget is None else case.budget),
     }
+    if case.profile.model.visual_tokens is None:  # each image has counts of its own
+        return head | {"kept": [], "layer_average": None}
+    counts = Planner(case.profile, block=case.block).counts(case.budget)
+    return head | {"kept": list(counts), "layer_average": round(layer_average(case.profile, counts), 1)}
 
 
 def table(result: dict[str, Any], kind: str = AVERAGE) -> str:

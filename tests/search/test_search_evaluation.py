@@ -10,10 +10,11 @@ import pytest
 from eos_search.accuracy_page import margins_table
 from eos_search.answerers import ReferenceAnswerer, ServerAnswerer, blind_images, chat_prompt
 from eos_search.evaluate_command import add_parser, check_rows, limit, run
-from eos_search.evaluation import cases, evaluate, table
+from eos_search.evaluation import cases, describe, evaluate, table
 from eos_search.raw import read_result
 from eos_search.selection import rows_before
 from eos_vllm.cluttervqa import export, read_rows
+from eos_vllm.core.budget import Share
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.plan import rounded_count
 from support.profiles import make_profile
@@ -234,7 +235,7 @@ class FakeServer:
 
 def test_a_server_is_asked_in_order_with_each_budget(rows, monkeypatch):
     server = FakeServer(monkeypatch)
-    found = ServerAnswerer("http://x/v1", "embedded", visual_tokens=576)
+    found = ServerAnswerer("http://x/v1", "embedded", unreduced=576)
     wanted = cases(["embedded-pool"], [64, 16])
     replies = found.answer(rows, wanted, lambda n: None)
     assert replies == [[f"{row.prompt}/{len(row.prompt)}" for row in rows]] * 2
@@ -251,6 +252,19 @@ def test_a_server_is_asked_in_order_with_each_budget(rows, monkeypatch):
             found.answer(rows, cases([name], [16]), lambda n: None)
     with pytest.raises(EosError, match="name one of embedded"):
         ServerAnswerer("http://x/v1", "another")
+
+
+def test_images_of_any_size_are_a_servers_alone(rows, monkeypatch):
+    server = FakeServer(monkeypatch)
+    wanted = cases(["fastv-qwen2.5-vl-7b"], [Share(0.25), None])
+    assert [describe(case)["budget"] for case in wanted][0] == 0.25
+    assert all((describe(case)["kept"], describe(case)["layer_average"]) == ([], None) for case in wanted)
+    found = ServerAnswerer("http://x/v1", "embedded", unreduced="100%")
+    found.answer(rows, wanted, lambda n: None)
+    found.answer(rows, cases(["none"], []), lambda n: None)
+    assert {budget for _, budget in server.asked} == {0.25, None, "100%"}
+    with pytest.raises(EosError, match="evaluate a server that has it"):
+        run(arguments("--profiles", "fastv-qwen2.5-vl-7b", "--images", "1"))
 
 
 def test_a_server_has_one_profile(monkeypatch):

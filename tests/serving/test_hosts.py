@@ -174,6 +174,22 @@ def test_places_that_no_forward_pass_took_end_the_engine() -> None:
         host.embed_input_ids(torch.zeros(1), [torch.zeros(1, 5)], is_multimodal=torch.ones(1, dtype=torch.bool))
 
 
+def test_videos_and_embeddings_that_get_past_the_limits_are_refused() -> None:
+    """``--enable-mm-embeds`` lets embeddings through where the limit is 0."""
+    from vllm.multimodal.parse import ImageEmbeddingItems
+
+    from eos_vllm.serving.image_processor import EosProcessorMixin
+
+    processor = object.__new__(EosProcessorMixin)
+    processor.planner, processor.selects = SimpleNamespace(image_token=7), False
+    for items, words in (
+        ({"video": object()}, "takes no videos"),
+        ({"image": object.__new__(ImageEmbeddingItems)}, "image_embeds"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            processor.apply(SimpleNamespace(mm_data_items=items, hf_processor_mm_kwargs={}))
+
+
 def test_a_graph_of_the_vision_tower_is_refused_where_selection_follows(
     model_of: Any, tmp_path: Path, capsys: Any
 ) -> None:
