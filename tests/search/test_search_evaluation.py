@@ -257,7 +257,7 @@ def test_a_server_is_asked_in_order_with_each_budget(rows, monkeypatch):
 def test_images_of_any_size_are_a_servers_alone(rows, monkeypatch):
     server = FakeServer(monkeypatch)
     wanted = cases(["fastv-qwen2.5-vl-7b"], [Share(0.25), None])
-    assert [describe(case)["budget"] for case in wanted][0] == 0.25
+    assert describe(wanted[0])["budget"] == 0.25
     assert all((describe(case)["kept"], describe(case)["layer_average"]) == ([], None) for case in wanted)
     found = ServerAnswerer("http://x/v1", "embedded", unreduced="100%")
     found.answer(rows, wanted, lambda n: None)
