@@ -84,7 +84,7 @@ class EosProcessorMixin:
             ValueError: a video, or embeddings in place of an image where they won't do.
         """
         if self.planner is not None:
-            if "video" in inputs.mm_data_items:
+            if len(inputs.mm_data_items.get("video") or ()):  # made-up inputs hold none of them
                 raise ValueError("video: this server reduces images, and takes no videos beside them; leave it out")
             if self.planner.image_token is not None and isinstance(
                 inputs.mm_data_items.get("image"), ImageEmbeddingItems

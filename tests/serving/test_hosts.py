@@ -183,7 +183,7 @@ def test_videos_and_embeddings_that_get_past_the_limits_are_refused() -> None:
     processor = object.__new__(EosProcessorMixin)
     processor.planner, processor.selects = SimpleNamespace(image_token=7), False
     for items, words in (
-        ({"video": object()}, "takes no videos"),
+        ({"video": ["v"]}, "takes no videos"),
         ({"image": object.__new__(ImageEmbeddingItems)}, "image_embeds"),
     ):
         with pytest.raises(ValueError, match=words):
