@@ -264,7 +264,7 @@ def test_images_of_any_size_are_a_servers_alone(rows, monkeypatch):
     found.answer(rows, cases(["none"], []), lambda n: None)
     assert {budget for _, budget in server.asked} == {0.25, None, "100%"}
     with pytest.raises(EosError, match="evaluate a server that has it"):
-        run(arguments("--profiles", "fastv-qwen2.5-vl-7b", "--images", "1"))
+        run(arguments("--profiles", "fastv-qwen2.5-vl-7b", "--images", "1", "--budgets", "own"))
 
 
 def test_a_server_has_one_profile(monkeypatch):
