@@ -28,7 +28,7 @@ def front_end(profile: Profile | None, limit: int | None) -> Any:
 
         def __init__(self) -> None:
             options = {"profile": profile and profile.to_dict(), "source": "test", "retain": None, "marker": None}
-            options |= {"exact_counts": False, "example": None, "image_token": None}
+            options |= {"exact_counts": False, "example": None, "image_token": None, "elastic": None}
             self.scheduler_config = SimpleNamespace(max_num_queued_reqs=None, max_num_queued_tokens=limit)
             self.vllm_config = SimpleNamespace(
                 additional_config={"eos": options} if profile else {}, cache_config=SimpleNamespace(block_size=32)
