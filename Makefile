@@ -16,14 +16,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # mypy takes packages from the path, and search/ is imported as eos_search: this link tells it so.
 MYPY_LINKS := .cache/mypy
-# The tests that start an engine come last: the quick ones tell most.
-TESTS := $(filter-out tests/serving tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/)))) \
-	$(wildcard tests/test_*.py) $(wildcard tests/serving)
+# Two processes: tests that start engines in one, all others in the other.
+ENGINES := tests/parity tests/serving
+OTHERS := $(filter-out $(ENGINES) tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/)))) $(wildcard tests/test_*.py)
 
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest bench-smoke soak docs clean
+.PHONY: test-engines test-others up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest bench-smoke soak docs clean
 
 setup: $(READY)
 
@@ -37,7 +37,13 @@ $(READY): pyproject.toml
 	@touch $@
 
 test: setup lint
-	$(BIN)/python -m pytest $(TESTS)
+	$(MAKE) --jobs=2 --output-sync=line test-engines test-others
+
+test-engines:
+	$(BIN)/python -m pytest $(ENGINES)
+
+test-others:
+	$(BIN)/python -m pytest $(OTHERS)
 
 lint: setup
 	$(BIN)/ruff check .
