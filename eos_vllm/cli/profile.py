@@ -10,7 +10,7 @@ from eos_vllm import profiles
 from eos_vllm.analysis.scaling import rescale, scale_to_model, upgrade
 from eos_vllm.core.budget import kept_counts, measures, own_budget, parse_budget
 from eos_vllm.core.errors import EosError, SettingError
-from eos_vllm.core.profile import Profile, Withdrawal, read_profile
+from eos_vllm.core.profile import Profile, Withdrawal, profile_digest, read_profile
 
 _SOURCE = "a profile file, or a name of `profile list`"
 
@@ -82,6 +82,7 @@ def run_show(args: argparse.Namespace) -> int:
     print(f"{profile.name}: {_model(profile)}")
     if profile.description:
         print(profile.description)
+    print(f"digest {profile_digest(profile)}")
     for reducer, count in zip(profile.reducers, counts, strict=True):
         print(f"  {_reducer(profile, reducer, count)}")
     importance, operator = profile.importance, profile.operator

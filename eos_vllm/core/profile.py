@@ -5,6 +5,7 @@ The parameters are those of the paper's Eq. 9 and Definition 2.1. Schema ``eos-p
 file of ``eos-profile/1`` means what it always meant: all later text of the prompt asks.
 """
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -403,6 +404,12 @@ def read_profile(path: str | Path) -> Profile:
     except OSError as e:
         raise ProfileError("profile", str(path), e.strerror or str(e), "give the path of a readable file") from None
     return parse_profile(data, str(path))
+
+
+def profile_digest(profile: Profile) -> str:
+    """``sha256:`` and the digest of a profile's canonical data; layout and order of a file do not matter."""
+    text = json.dumps(profile.to_dict(), sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_fits(profile: Profile, geometry: Any) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from eos_vllm import profiles
 from eos_vllm.core.errors import ProfileError
-from eos_vllm.core.profile import MAX_BYTES, Profile, parse_profile, read_profile
+from eos_vllm.core.profile import MAX_BYTES, Profile, parse_profile, profile_digest, read_profile
 
 HUB_FILE = "theta.json"
 _FETCH_SECONDS = 30
+_PIN = "@sha256:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _REMEDY = f"give a file, an https:// URL, a hub repo id holding {HUB_FILE}, or a name of `eos-vllm profile list`"
 
@@ -21,15 +22,23 @@ def load_profile(source: Any) -> Profile:
     """Reads a profile from wherever ``source`` points, and validates it.
 
     Args:
-        source: path, shipped name, ``https://`` URL, hub id ``owner/name[@revision]``, or the plain data itself.
+        source: path, shipped name, ``https://`` URL, hub id ``owner/name[@revision]``, or the plain data; text may
+            end in ``@sha256:…``, the digest that `eos-vllm profile show` prints.
 
     Raises:
-        ProfileError: nothing there, unreachable, or invalid.
+        ProfileError: nothing there, unreachable, invalid, or of another digest.
     """
     if isinstance(source, dict):
         return parse_profile(source, "additional_config.eos.profile")
     if not isinstance(source, str) or not source:
         raise ProfileError("eos-profile", source, "this names no profile", _REMEDY)
+    if _PIN in source:
+        name, _, pinned = source.rpartition(_PIN)
+        profile = load_profile(name)
+        if (found := profile_digest(profile)) != f"sha256:{pinned.lower()}":
+            remedy = "give the digest of the profile that you have looked at, or leave it out"
+            raise ProfileError("eos-profile", source, f"{name} has the digest {found}", remedy)
+        return profile
     if source.startswith("https://"):
         return parse_profile(_fetch(source), source)
     if "://" in source:

@@ -1,7 +1,5 @@
 """What ``GET /eos/status`` says, as a pure function of settings and of what the workers report."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -10,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from eos_vllm.core.budget import Share, cost, flops_share, image_size, layer_average
 from eos_vllm.core.plan import Planner
-from eos_vllm.core.profile import Profile
+from eos_vllm.core.profile import profile_digest
 
 
 class ProfileStatus(BaseModel):
@@ -81,12 +79,6 @@ class Status(BaseModel):
     budget: BudgetStatus
     engines: list[EngineStatus]
     front_end: FrontEndStatus
-
-
-def profile_digest(profile: Profile) -> str:
-    """``sha256:`` and the digest of a profile's canonical data; layout and order of a file do not matter."""
-    text = json.dumps(profile.to_dict(), sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def public_source(source: str) -> str:

@@ -16,8 +16,8 @@ import pytest
 from eos_vllm.cli.demo import counter
 from eos_vllm.cli.server_process import Server, serve
 from eos_vllm.core.plan import Planner
+from eos_vllm.core.profile import profile_digest
 from eos_vllm.models.images import sample_image, to_data_url
-from eos_vllm.serving.status import profile_digest
 from support import broken_proof
 from support.profiles import make_profile
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from eos_vllm.core.plan import ImageSpan, Planner
+from eos_vllm.core.profile import profile_digest
 from eos_vllm.profiles import load
 from eos_vllm.serving import endpoints
 from eos_vllm.serving.endpoints import Watch
 from eos_vllm.serving.metrics import Counters
-from eos_vllm.serving.status import FrontEndStatus, build_status, profile_digest, public_source
+from eos_vllm.serving.status import FrontEndStatus, build_status, public_source
 from eos_vllm.serving.watch import count_problem
 from eos_vllm.serving.worker import parts_missing
 from support.profiles import make_profile
