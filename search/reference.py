@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from eos_search.tower import entering_tokens
+from eos_vllm.core.budget import RetainBudget
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.importance import MEAN, ScoreOptions
 from eos_vllm.core.layout import Entry, build_layout
@@ -113,7 +114,7 @@ class ReferenceModel:
 
     @torch.no_grad()
     def embed(
-        self, prompt: str, images: Sequence[Image.Image], budget: int | None = None
+        self, prompt: str, images: Sequence[Image.Image], budget: RetainBudget | None = None
     ) -> tuple[torch.Tensor, list[ImageSpan], torch.Tensor]:
         """Turns a prompt into what enters decoder layer 0.
 
@@ -153,7 +154,7 @@ class ReferenceModel:
         self,
         embeddings: torch.Tensor,
         spans: Sequence[ImageSpan],
-        budget: int | None = None,
+        budget: RetainBudget | None = None,
         scores: torch.Tensor | Sequence[torch.Tensor] | None = None,
         shared: SharedPrefix | None = None,
         ids: Sequence[int] | None = None,
@@ -267,7 +268,7 @@ class ReferenceModel:
         prompt: str,
         images: Sequence[Image.Image] = (),
         max_tokens: int = 32,
-        budget: int | None = None,
+        budget: RetainBudget | None = None,
         scores: torch.Tensor | None = None,
         stop: int | None = None,
     ) -> Generation:
