@@ -8,6 +8,7 @@ budget itself is hashed.
 """
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -56,13 +57,13 @@ class EosProcessorMixin:
 
     # What a family says of its images.
 
+    @abstractmethod
     def eos_image_tokens(self, data: Any) -> list[int]:
         """Tokens of each processed image, N."""
-        raise NotImplementedError
 
+    @abstractmethod
     def eos_pixels(self, data: Any) -> Sequence[torch.Tensor]:
         """Pixels of each processed image."""
-        raise NotImplementedError
 
     def eos_placeholders(self, tokens: list[int], index: int, mm_items: Any) -> list[int]:
         """What stands for image ``index`` in the prompt, from what vLLM would put there, ``[N]``."""
