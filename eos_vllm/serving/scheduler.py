@@ -13,6 +13,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from eos_vllm.core.budget import REQUEST_FIELD, TEXT_TOKENS, plain
+from eos_vllm.core.errors import BudgetError
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 from eos_vllm.serving.by_budget import BudgetCounts
 from eos_vllm.serving.contract import check_contract
@@ -86,7 +87,12 @@ class EosSchedulerMixin(Scheduler):
         behind = len(self.waiting) + sum(r.num_computed_tokens < r.num_prompt_tokens for r in self.running)
         images = [feature.identifier for feature in request.mm_features if feature.modality == "image"]
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        budget = plain(elastic.choose(behind, free, images, least_of(extra, self.planner)))
+        try:
+            least = least_of(extra, self.planner)
+        except BudgetError as e:  # past the front end's check; an exception here would end the engine for everybody
+            logger.warning("eos: %s; the request has no floor of its own", e)
+            least = None
+        budget = plain(elastic.choose(behind, free, images, least))
         params.extra_args = {**(extra or {}), REQUEST_FIELD: budget}
         self.chosen[request.request_id] = budget
 

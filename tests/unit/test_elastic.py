@@ -1,5 +1,7 @@
 """The controller of elastic budgets: what it may choose, how it moves, what overrides it."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from eos_vllm.core.budget import Share, tokens_of
 from eos_vllm.core.errors import BudgetError, SettingError
 from eos_vllm.core.plan import Planner
 from eos_vllm.serving.elastic import Elastic, least_of, levels, parse_range
+from eos_vllm.serving.scheduler import EosSchedulerMixin
 
 PLANNER = Planner(make_profile(visual=576), block=32, elastic=(32, 256))
 ROOM = 10_000
@@ -68,6 +71,18 @@ def test_a_requests_own_floor_holds(arrivals: list[tuple[int, int, int]]) -> Non
     for behind, free, least in arrivals:
         budget = elastic.choose(behind, free, least=least)
         assert tokens_of(budget, 1) >= min(least, 256)
+
+
+def test_a_floor_that_is_none_does_not_end_the_engine() -> None:
+    """A front end that checks nothing may let it through to the scheduler."""
+    params = SimpleNamespace(extra_args={"eos_retain_min": "x"})
+    request = SimpleNamespace(sampling_params=params, mm_features=[], request_id="r")
+    pool = SimpleNamespace(get_num_free_blocks=lambda: ROOM)
+    scheduler = SimpleNamespace(
+        waiting=[], running=[], planner=PLANNER, chosen={}, kv_cache_manager=SimpleNamespace(block_pool=pool)
+    )
+    EosSchedulerMixin._choose_budget(scheduler, controller(), request)  # type: ignore[arg-type]
+    assert params.extra_args["eos_retain"] == scheduler.chosen["r"] == 256
 
 
 def test_floors_of_requests_are_read() -> None:
