@@ -140,7 +140,11 @@ def rehearse(runner: Any, reduction: Any, encoder_outputs: dict[str, torch.Tenso
 def _stage(runner: Any, step: SchedulerOutput) -> None:
     """Runs a step, between the stages in front of this one and behind it: all of them rehearse at the same time."""
     stages = get_pp_group()
-    received = None if stages.is_first_rank else IntermediateTensors(stages.recv_tensor_dict())
+    received = None
+    if not stages.is_first_rank:
+        tensors = stages.recv_tensor_dict()
+        assert tensors is not None
+        received = IntermediateTensors(tensors)
     sent = runner.execute_model(step, received)
     if isinstance(sent, IntermediateTensors):
         stages.send_tensor_dict(sent.tensors)
