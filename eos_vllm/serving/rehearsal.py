@@ -20,6 +20,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from eos_vllm.core.plan import ImageSpan, RequestPlan
 from eos_vllm.serving.batch import StepEntry
+from eos_vllm.serving.clock import ReductionClock
 from eos_vllm.serving.kv_cache import planned_blocks, segments_of_groups
 from eos_vllm.serving.metrics import Counters
 
@@ -152,13 +153,13 @@ def _stage(runner: Any, step: SchedulerOutput) -> None:
 
 @contextmanager
 def _counted_apart(reduction: Any) -> Iterator[None]:
-    """Within the block the worker counts for the rehearsal alone."""
-    counters = reduction.counters
-    reduction.counters = Counters(len(reduction.profile.reducers))
+    """Within the block the worker counts, and takes the time, for the rehearsal alone."""
+    counters, clock = reduction.counters, reduction.clock
+    reduction.counters, reduction.clock = Counters(len(reduction.profile.reducers)), ReductionClock(reduction.device)
     try:
         yield
     finally:
-        reduction.counters = counters
+        reduction.counters, reduction.clock = counters, clock
 
 
 def _with_blocks(made: list[MadeUp], kv_cache_config: Any) -> list[MadeUp]:
