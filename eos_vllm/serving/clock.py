@@ -28,11 +28,11 @@ class ReductionClock:
             yield
             self._seconds += time.perf_counter() - began
             return
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
+        begins, ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begins.record()
         yield
-        ended.record()
-        self._pending.append((began, ended))
+        ends.record()
+        self._pending.append((begins, ends))
         if len(self._pending) > _PENDING:
             self._take()
 

@@ -49,7 +49,9 @@ GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("live") / "log"
     variables = container_variables() | {"VLLM_API_KEY": KEY}
-    with serve(embedded.path(), [*image_command()[1:], "--shutdown-timeout", DRAIN, "--eos-elastic", ELASTIC], log, variables) as running:
+    with serve(
+        embedded.path(), [*image_command()[1:], "--shutdown-timeout", DRAIN, "--eos-elastic", ELASTIC], log, variables
+    ) as running:
         yield running
 
 
