@@ -19,9 +19,9 @@ FLAG = "eos-elastic"
 # A request's own floor, in vllm_xargs.
 LEAST_FIELD = "eos_retain_min"
 _LEVELS = 4
-# Share of an engine's time that prefilling images may take: what is left is for decoding, and for chance, by which many
-# requests come at once. Going up needs a lower one, so that a budget doesn't swing with every request.
-_SHARE, _UP = 0.45, 0.9
+# Share of an engine's time that prefilling may take for requests that find it busy: what is left is for the others, for
+# decoding, and for chance, by which many come at once. Going up needs a lower one, so that a budget doesn't swing.
+_SHARE, _UP = 0.35, 0.9
 # Share of the free KV blocks that may be promised to what waits.
 _PROMISED = 0.9
 # A chat's next turn finds its blocks under the budget of the last one. Images are remembered for so many arrivals.
@@ -84,7 +84,13 @@ class Elastic:
         self.load = ImageLoad(self.blocks[0])
 
     def choose(
-        self, now: float, behind: int, free_blocks: int, images: Sequence[str] = (), least: RetainBudget | None = None
+        self,
+        now: float,
+        behind: int,
+        free_blocks: int,
+        images: Sequence[str] = (),
+        least: RetainBudget | None = None,
+        alone: bool = False,
     ) -> RetainBudget:
         """The budget of a request that arrives.
 
@@ -94,10 +100,11 @@ class Elastic:
             free_blocks: of the KV cache.
             images: identifiers of its images.
             least: its own floor.
+            alone: whether it found no other request, waiting or running.
         """
         known = [self.seen[image] for image in images if image in self.seen]
         if not known:  # what is known is likely to be cached: it costs little, and says nothing of the load
-            self.load.arrived(now)
+            self.load.arrived(now, alone)
             self.level = self._by_load(behind)
         fits = [i for i, blocks in enumerate(self.blocks) if (behind + 1) * blocks <= free_blocks * _PROMISED]
         level = max(self.level, fits[0] if fits else len(self.levels) - 1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 _STEPS = 16
 # Arrivals are remembered for as long as so many requests at the ceiling take: long enough for a mean, short beside the
 # time in which a queue builds up. Seconds until a cost is known.
-_MEMORY, _FIRST_SECONDS = 6.0, 6.0
+_MEMORY, _FIRST_SECONDS = 8.0, 8.0
 
 
 @dataclass
@@ -48,11 +48,23 @@ class ImageLoad:
         cost = self.cost
         return _FIRST_SECONDS if not cost else _MEMORY * cost * self.ceiling
 
-    def arrived(self, now: float, pinned_blocks: int = 0) -> None:
-        """A request with images has come; ``pinned_blocks`` are those of one that names its budget."""
+    def arrived(self, now: float, alone: bool, pinned_blocks: int = 0) -> None:
+        """A request with images has come.
+
+        One that finds the engine idle is not counted. Nobody waits for it: a single client that sends its next question
+        when the last is answered takes all of the time, and is no overload. Of arrivals at random, the busier an engine
+        is, the fewer find it so.
+
+        Args:
+            now: the moment.
+            alone: whether it found no other request.
+            pinned_blocks: KV blocks of one that names its budget.
+        """
         memory = self.memory
         gone = 1.0 if self._last is None else math.exp(-max(0.0, now - self._last) / memory)
         self.rate, self.pinned, self._last = self.rate * gone, self.pinned * gone, now
+        if alone:
+            return
         if pinned_blocks:
             self.pinned += pinned_blocks / memory
         else:

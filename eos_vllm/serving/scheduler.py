@@ -77,7 +77,7 @@ class EosSchedulerMixin(Scheduler):
                 self.by_budget.request(request.sampling_params)
             if self.elastic is not None and request.mm_features and name not in self.chosen:
                 blocks = sum(planned_blocks(self.kv_cache_config, plan, request.num_prompt_tokens))
-                self.elastic.load.arrived(time.monotonic(), blocks)
+                self.elastic.load.arrived(time.monotonic(), not (self.waiting or self.running), blocks)
             if plan is not None:
                 self.plans[name] = plan
                 self._unreduced.add(name)
@@ -92,7 +92,7 @@ class EosSchedulerMixin(Scheduler):
         if params is None or (extra and REQUEST_FIELD in extra):
             return
         behind = len(self.waiting) + sum(r.num_computed_tokens < r.num_prompt_tokens for r in self.running)
-        images = []
+        alone, images = not (self.waiting or self.running), []
         if self.cache_config.enable_prefix_caching:
             images = [feature.identifier for feature in request.mm_features if feature.modality == "image"]
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
@@ -101,7 +101,7 @@ class EosSchedulerMixin(Scheduler):
         except BudgetError as e:  # past the front end's check; an exception here would end the engine for everybody
             logger.warning("eos: %s; the request has no floor of its own", e)
             least = None
-        budget = plain(elastic.choose(time.monotonic(), behind, free, images, least))
+        budget = plain(elastic.choose(time.monotonic(), behind, free, images, least, alone))
         params.extra_args = {**(extra or {}), REQUEST_FIELD: budget}
         self.chosen[request.request_id] = budget
 
