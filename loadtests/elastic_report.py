@@ -21,6 +21,7 @@ from loadtests.elastic_results import ElasticResults, tables
 
 # The README's tables stand between these.
 BEGIN, END = "<!-- made by loadtests.elastic_report -->", "<!-- end of loadtests.elastic_report -->"
+NOTHING = "Not measured yet."
 _COLOURS = ("#6b6b6b", "#3b528b", "#5ec962", "#d1495b")
 
 
@@ -39,14 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = ElasticResults(args.results, args.slo_scale)
         text = "\n\n".join(table.markdown() for table in tables(results))
-        draw(results, args.figure or args.results / "elastic.png")
+        figure = args.figure or args.results / "elastic.png"
+        draw(results, figure)
         if args.readme is not None:
-            args.readme.write_text(between_marks(args.readme.read_text(encoding="utf-8"), text), encoding="utf-8")
+            page = between_marks(args.readme.read_text(encoding="utf-8"), section(results, figure.as_posix()))
+            args.readme.write_text(page, encoding="utf-8")
     except EosError as e:
         print(f"loadtests.elastic_report: error: {e}", file=sys.stderr)
         return 2
     print(text)
     return 0
+
+
+def section(results: ElasticResults, figure: str) -> str:
+    """Figure and tables as the README has them."""
+    parts = [f"![goodput and accuracy against the arrival rate]({figure})"]
+    return "\n\n".join(parts + [table.markdown() for table in tables(results)])
 
 
 def between_marks(page: str, text: str) -> str:
@@ -72,16 +81,16 @@ def draw(results: ElasticResults, file: Path) -> None:
             style = {"color": colour, "label": label, "linewidth": 2 if arm == ELASTIC else 1, "markersize": 4}
             points = [(m, value) for m in x if (value := results.goodput(m, arm)) is not None]
             left.plot([m for m, _ in points], [value for _, value in points], marker="o", **style)
-            found = [results.accuracy(results.shares(m, arm)) for m in x]
+            found = [(m, accuracy) for m in x if (accuracy := results.accuracy(results.shares(m, arm))) is not None]
             right.errorbar(
-                x,
-                [100 * mean for mean, _ in found],
-                yerr=[100 * half for _, half in found],
+                [m for m, _ in found],
+                [100 * mean for _, (mean, _) in found],
+                yerr=[100 * half for _, (_, half) in found],
                 marker="o",
                 capsize=2,
                 **style,
             )
-        offered = [results.of(m, results.arms[0])[0].rate for m in x]
+        offered = [results.rate(m) for m in x]
         left.plot(x, offered, color="#b0b0b0", linestyle=":", linewidth=1, label="arrivals")
         left.set_title(f"{subject['name']}\nprofile {subject['profile_name']}", fontsize=9)
         left.set_ylabel("good requests/s")

@@ -85,6 +85,10 @@ class ElasticResults:
         """The repeats of a cell."""
         return [run for run in self.runs if (run.multiple, run.arm) == (multiple, arm)]
 
+    def rate(self, multiple: float) -> float:
+        """Requests per second that arrive."""
+        return next(run.rate for run in self.runs if run.multiple == multiple)
+
     def goodput(self, multiple: float, arm: str) -> float | None:
         """Requests per second that kept the limits, over all repeats; None where nothing is measured."""
         runs = self.of(multiple, arm)
@@ -119,12 +123,16 @@ class ElasticResults:
         total = sum(counts.values())
         return {budget: count / total for budget, count in counts.items()}
 
-    def accuracy(self, shares: dict[int, float]) -> tuple[float, float]:
+    def accuracy(self, shares: dict[int, float]) -> tuple[float, float] | None:
         """Share of right answers of the embedded model, and half of its 95 % interval, at budgets in these shares.
+
+        None where nothing was chosen.
 
         Raises:
             SettingError: the accuracy at one of them is not measured.
         """
+        if not shares:
+            return None
         for budget in shares:
             if budget not in self.marks:
                 remedy = "let the sweep run to its end"
@@ -150,13 +158,12 @@ def goodput_table(results: ElasticResults) -> Table:
         cells = [results.goodput(multiple, arm) for arm in results.arms]
         ratio, shares = results.over_better(multiple), results.shares(multiple, ELASTIC)
         mean = sum(budget * share for budget, share in shares.items())
-        rate = results.of(multiple, results.arms[0])[0].rate
         rows.append(
             (
-                f"{multiple:g} ({rate:.2f}/s)",
+                f"{multiple:g} ({results.rate(multiple):.2f}/s)",
                 *("-" if value is None else f"{value:.2f}" for value in cells),
                 "-" if ratio is None else str(ratio),
-                f"{mean:.0f}",
+                f"{mean:.0f}" if shares else "-",
             )
         )
     subject, repeats = results.settings["subject"], max(run.repeat for run in results.runs)
@@ -176,7 +183,7 @@ def accuracy_table(results: ElasticResults) -> Table:
     rows = []
     for multiple in results.multiples:
         found = [results.accuracy(results.shares(multiple, arm)) for arm in results.arms]
-        rows.append((f"{multiple:g}", *(f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in found)))
+        rows.append((f"{multiple:g}", *("-" if f is None else f"{100 * f[0]:.1f} ± {100 * f[1]:.1f}" for f in found)))
     judge, asked = results.settings["judge"], len(next(iter(results.marks.values())))
     return Table(
         f"Right answers in percent, at those budgets ({judge['name']}; profile {judge['profile_name']})",

@@ -158,7 +158,8 @@ def test_goodput_accuracy_and_what_the_tables_say(folder: Path) -> None:
     assert ratio is not None
     assert (ratio.mean, ratio.repeats) == (1.0, 2)
     assert results.shares(0.5, "elastic") == {192: 0.5, 64: 0.5}
-    mean, half = results.accuracy({192: 0.5, 64: 0.5})
+    assert results.accuracy({}) is None
+    mean, half = results.accuracy({192: 0.5, 64: 0.5}) or (0.0, 0.0)
     assert mean == pytest.approx(0.75)
     assert 0.1 < half < 0.2
     goodput, accuracy = tables(results)
@@ -175,9 +176,9 @@ def test_tables_and_figure_by_one_command(folder: Path, tmp_path: Path, capsys: 
     command = [str(folder), "--figure", str(tmp_path / "f.png"), "--readme", str(page)]
     for _ in range(2):
         assert elastic_report.main(command) == 0
-    text = "\n\n".join(table.markdown() for table in tables(ElasticResults(folder)))
+    text = elastic_report.section(ElasticResults(folder), (tmp_path / "f.png").as_posix())
     assert page.read_text() == f"a\n{elastic_report.BEGIN}\n\n{text}\n\n{elastic_report.END}\nb\n"
-    assert text in capsys.readouterr().out
+    assert text.partition("\n\n")[2] in capsys.readouterr().out
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     page.write_text("nothing")
     assert elastic_report.main(command) == 2
@@ -186,8 +187,15 @@ def test_tables_and_figure_by_one_command(folder: Path, tmp_path: Path, capsys: 
 
 def test_the_readme_says_what_was_measured() -> None:
     page = (_ROOT / "README.md").read_text(encoding="utf-8")
-    assert (elastic_report.BEGIN in page) == _RESULTS.is_dir()
+    text = elastic_report.NOTHING
     if _RESULTS.is_dir():
-        text = "\n\n".join(table.markdown() for table in tables(ElasticResults(_RESULTS)))
-        assert elastic_report.between_marks(page, text) == page
-        assert "](docs/elastic.png)" in page
+        text = elastic_report.section(ElasticResults(_RESULTS), "docs/elastic.png")
+        assert (_ROOT / "docs/elastic.png").is_file()
+    assert elastic_report.between_marks(page, text) == page
+
+
+def test_a_sweep_that_was_stopped_has_tables(tmp_path: Path) -> None:
+    assert swept(tmp_path / "out", Runs(stop_after=10)) == 130
+    goodput, accuracy = tables(ElasticResults(tmp_path / "out"))
+    assert goodput.rows == (("0.5 (0.50/s)", "1.00", "1.00", "1.00", "-", "-", "-"),)
+    assert accuracy.rows[0][-1] == "-"
