@@ -158,7 +158,7 @@ class Sweep:
             yield pair
 
     def _workload(self, url: str, label: str, budget: int | None, **more: Any) -> Workload:
-        values = {
+        values: dict[str, Any] = {
             "rows": str(self.rows),
             "window_most": 120.0,
             "prompt_characters": PROMPT_CHARACTERS,
@@ -243,7 +243,7 @@ class Sweep:
         ceiling = parse_budget(self.options.elastic.partition(":")[2])
         workload = self._workload(url, f"calm {next(self.arrivals)}", None)
         for count, visit in enumerate(itertools.islice(visits(workload, read_rows(self.rows)), _CALM_MOST), start=1):
-            body = {"model": MODEL_NAME, "messages": [user_message(visit.asks[0])], "max_tokens": 1, "temperature": 0}
+            body: dict[str, Any] = {"model": MODEL_NAME, "messages": [user_message(visit.asks[0])], "max_tokens": 1}
             reply = requests.post(url + PATH, json=body, timeout=120)
             if reply.status_code != 200:
                 raise LocustError(f"the server answers {reply.status_code}: {reply.text[:300]}")
