@@ -1,6 +1,6 @@
 # make setup | test | lint | demo | docs | clean
 # make up | down | drill | deploy-check | deploy-rules
-# make embedded-model | accuracy | several-questions | equal-cost | search | ablations | bench | loadtest | bench-smoke | soak
+# make embedded-model | accuracy | several-questions | equal-cost | search | ablations | bench | loadtest | elastic-sweep | bench-smoke | soak
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
@@ -23,7 +23,7 @@ OTHERS := $(filter-out $(ENGINES) tests/__pycache__,$(patsubst %/,%,$(sort $(wil
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: test-engines test-others up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest bench-smoke soak docs clean
+.PHONY: test-engines test-others up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest elastic-sweep bench-smoke soak docs clean
 
 setup: $(READY)
 
@@ -127,6 +127,13 @@ LOADTEST ?= runs/loadtest
 loadtest: setup
 	$(BIN)/python -m loadtests.sweep --out $(LOADTEST)
 	$(BIN)/python -m loadtests.report $(LOADTEST) --markdown
+
+# Budgets that follow the load against fixed ones and stock, at arrival rates around stock's capacity: an hour; goes on
+# where it was stopped. Figure and tables alone: the second line.
+ELASTIC ?= results/elastic-cpu
+elastic-sweep: setup
+	$(BIN)/python -m loadtests.elastic_sweep --out $(ELASTIC)
+	$(BIN)/python -m loadtests.elastic_report $(ELASTIC) --figure docs/elastic.png --readme README.md
 
 # Minutes; fails when eos at budget 64 falls below the committed floor (loadtests/floor.json).
 bench-smoke: setup
