@@ -1,6 +1,6 @@
 """A prompt under a profile against the same prompt without one: both measures, KV memory, FLOPs and the ceiling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eos_vllm.analysis.cost import Geometry, PromptCost, flops_crossover, prompt_cost
@@ -101,6 +101,32 @@ def compare(
             dtype,
             block_size,
         ),
+    )
+
+
+def held_cost(
+    geometry: Geometry,
+    planner: Planner,
+    text_tokens: int,
+    output_tokens: int,
+    images: int,
+    budget: RetainBudget | None = None,
+    dtype: str = "float16",
+    block_size: int = 16,
+) -> tuple[PromptCost, PromptCost]:
+    """What a request holds once ``output_tokens`` tokens are generated, reduced and in stock; as :func:`compare`.
+
+    KV and blocks are of prompt and answer. FLOPs are no prefill's then; without an answer they are :func:`compare`'s.
+    """
+    visual, entering = planner.visual_tokens, planner.image_tokens(budget)
+    spans = [ImageSpan(i * entering, entering) for i in range(images)]
+    plan = planner.plan(range(images * entering + text_tokens), spans, budget)
+    whole = tuple(ImageSpan(i * visual, visual) for i in range(images))
+    stock = RequestPlan(images * visual + text_tokens + output_tokens, whole, ((visual,),) * images)
+    reduced = replace(plan, prompt_length=plan.prompt_length + output_tokens)
+    return (
+        prompt_cost(geometry, reduced, planner.profile.segment_layers(), dtype, block_size),
+        prompt_cost(geometry, stock, (geometry.num_decoder_layers,), dtype, block_size),
     )
 
 
