@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 
 from eos_vllm.core.plan import Planner
 from eos_vllm.serving import request_checks
-from eos_vllm.serving.metrics import set_lost
+from eos_vllm.serving.metrics import set_lost, set_reduction_seconds
 from eos_vllm.serving.options import KEY, planner_of
 from eos_vllm.serving.status import FrontEndStatus, Status, build_status
 
@@ -79,6 +79,8 @@ class Watch:
     def _tell(self, status: Status) -> None:
         for engine in status.engines:
             set_lost(engine.engine, any(worker.lost for worker in engine.workers))
+            if spent := [w.reduction_seconds for w in engine.workers if w.reduction_seconds is not None]:
+                set_reduction_seconds(engine.engine, max(spent))
         if status.reasons and (self.last is None or self.last.reasons != status.reasons):
             logger.error("eos: the reduction is not proved: %s", "; ".join(status.reasons))
 
