@@ -206,7 +206,10 @@ def condense(root: Path) -> str:
     if weights is None or weights != wide["weights"]:
         raise EosError("weights", wide["weights"], f"the embedded model is {weights} today", "make accuracy")
     known = all_profiles()
-    own = {name: as_schema_1(profiles.load(name)) for name in {case["profile"] for case in wide["cases"]} & {*profiles.names()}}
+    own = {
+        name: as_schema_1(profiles.load(name))
+        for name in {case["profile"] for case in wide["cases"]} & {*profiles.names()}
+    }
     wide_rows = [row(data, data["image"]) for data in wide["rows"]]
     if len(wide_rows) != len(wide["cases"][0]["replies"]):
         raise EosError("rows", len(wide_rows), f"{ACCURACY} holds another number of replies", "make accuracy")

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from eos_vllm.analysis.choices import Choices, Interval, Point, Range
-from eos_vllm.analysis.comparison import compare, held_cost
+from eos_vllm.analysis.comparison import compare, held_reduced, held_stock
 from eos_vllm.analysis.cost import Geometry, PromptCost
 from eos_vllm.analysis.scaling import scale_to_model
 from eos_vllm.core.errors import BudgetError, ProfileError, SettingError
@@ -23,7 +23,7 @@ from eos_vllm.core.profile import Profile, check_fits
 
 GIB = 1 << 30
 # What a request may ask for: enough for any machine, and too little to keep one busy.
-MOST_TOKENS, MOST_IMAGES, MOST_CONCURRENCY, MOST_KV_GIB = 1 << 20, 1024, 1 << 20, 1 << 20
+MOST_TOKENS, MOST_IMAGES, MOST_CONCURRENCY, MOST_KV_GIB = 1 << 20, 64, 1 << 20, 1 << 20
 By = Literal["low", "mean"]
 
 
@@ -171,16 +171,16 @@ class Catalogue:
         wanted = (option.profile, option.budget, option.source)
         return next(p.profile for p in self.planned if (p.point.profile, p.budget, p.point.source) == wanted)
 
-    def _costs(self, planned: _Planned, wish: Wish) -> tuple[int, int, int, int]:
-        """Bytes that a request holds, prefill FLOPs, requests that fit, of the point; and bytes in stock."""
+    def _costs(self, planned: _Planned, wish: Wish) -> tuple[int, int, int]:
+        """Bytes that a request holds, its prefill FLOPs, and requests that fit."""
 
-        def held(output_tokens: int) -> tuple[PromptCost, PromptCost]:
+        def held(output_tokens: int) -> PromptCost:
             what = (wish.text_tokens, output_tokens, wish.images)
-            return held_cost(self.geometry, planned.planner, *what, dtype=self.dtype, block_size=self.block_size)
+            return held_reduced(self.geometry, planned.planner, *what, dtype=self.dtype, block_size=self.block_size)
 
-        (ours, stock), (prefill, _) = held(wish.output_tokens), held(0)
-        fits = requests_fit(wish.kv_gib, ours.block_bytes, ours.blocks)
-        return ours.allocated_bytes, prefill.flops, fits, stock.allocated_bytes
+        ours = held(wish.output_tokens)
+        prefill = held(0) if wish.output_tokens else ours
+        return ours.allocated_bytes, prefill.flops, requests_fit(wish.kv_gib, ours)
 
     def advise(self, wish: Wish) -> Advice:
         """The cheapest point that keeps the floor and lets the requests fit.
@@ -223,7 +223,12 @@ class Catalogue:
                 misses.append(f"memory: none lets {wish.concurrency} requests fit in {wish.kv_gib:g} GiB")
         shown = chosen or nearest
         assert shown is not None  # one of the points
-        option = self._option(*shown, wish)
+        stock = held_stock(
+            *(self.geometry, self.geometry.visual_tokens or 0, wish.text_tokens, wish.output_tokens, wish.images),
+            dtype=self.dtype,
+            block_size=self.block_size,
+        )
+        option = self._option(*shown, stock, wish)
         return Advice(
             choice=None if chosen is None else option,
             nearest=None if chosen is not None else option,
@@ -232,12 +237,12 @@ class Catalogue:
             accuracy_floor=wish.accuracy_floor,
             by=wish.by,
             stock_requests_fit=option.stock_requests_fit,
-            stock_kv_bytes=shown[1][3],
+            stock_kv_bytes=stock.allocated_bytes,
             considered=len(taken),
             left_out=self.left_out,
         )
 
-    def _option(self, planned: _Planned, costs: tuple[int, int, int, int], wish: Wish) -> Option:
+    def _option(self, planned: _Planned, costs: tuple[int, int, int], stock: PromptCost, wish: Wish) -> Option:
         point = planned.point
         plan = compare(
             *(self.geometry, planned.planner, wish.text_tokens, wish.images),
@@ -265,9 +270,7 @@ class Catalogue:
             kv_bytes=costs[0],
             prefill_flops=plan.reduced.flops,
             requests_fit=costs[2],
-            stock_requests_fit=requests_fit(
-                wish.kv_gib, plan.stock.block_bytes, costs[3] // plan.stock.block_bytes
-            ),
+            stock_requests_fit=requests_fit(wish.kv_gib, stock),
             relative=point.relative,
             accuracy=point.accuracy,
             speed=speed,
@@ -297,9 +300,9 @@ def _share(point: Point, by: By) -> float:
     return point.relative.low if by == "low" else point.relative.mean
 
 
-def requests_fit(kv_gib: float, block_bytes: int, blocks: int) -> int:
-    """Requests of so many blocks that a KV cache holds at once; one block of it is vLLM's own null block."""
-    return max(0, (int(kv_gib * GIB) // block_bytes - 1) // blocks)
+def requests_fit(kv_gib: float, request: PromptCost) -> int:
+    """Requests that a KV cache holds at once; one block of it is vLLM's own null block."""
+    return max(0, (int(kv_gib * GIB) // request.block_bytes - 1) // request.blocks)
 
 
 def end_of(by: By) -> str:

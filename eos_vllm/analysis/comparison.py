@@ -104,7 +104,7 @@ def compare(
     )
 
 
-def held_cost(
+def held_reduced(
     geometry: Geometry,
     planner: Planner,
     text_tokens: int,
@@ -113,21 +113,31 @@ def held_cost(
     budget: RetainBudget | None = None,
     dtype: str = "float16",
     block_size: int = 16,
-) -> tuple[PromptCost, PromptCost]:
-    """What a request holds once ``output_tokens`` tokens are generated, reduced and in stock; as :func:`compare`.
+) -> PromptCost:
+    """What a request holds under the planner's profile once ``output_tokens`` tokens are generated; as :func:`compare`.
 
     KV and blocks are of prompt and answer. FLOPs are no prefill's then; without an answer they are :func:`compare`'s.
     """
-    visual, entering = planner.visual_tokens, planner.image_tokens(budget)
+    entering = planner.image_tokens(budget)
     spans = [ImageSpan(i * entering, entering) for i in range(images)]
     plan = planner.plan(range(images * entering + text_tokens), spans, budget)
-    whole = tuple(ImageSpan(i * visual, visual) for i in range(images))
-    stock = RequestPlan(images * visual + text_tokens + output_tokens, whole, ((visual,),) * images)
-    reduced = replace(plan, prompt_length=plan.prompt_length + output_tokens)
-    return (
-        prompt_cost(geometry, reduced, planner.profile.segment_layers(), dtype, block_size),
-        prompt_cost(geometry, stock, (geometry.num_decoder_layers,), dtype, block_size),
-    )
+    plan = replace(plan, prompt_length=plan.prompt_length + output_tokens)
+    return prompt_cost(geometry, plan, planner.profile.segment_layers(), dtype, block_size)
+
+
+def held_stock(
+    geometry: Geometry,
+    visual_tokens: int,
+    text_tokens: int,
+    output_tokens: int,
+    images: int,
+    dtype: str = "float16",
+    block_size: int = 16,
+) -> PromptCost:
+    """The same without a profile, of images of ``visual_tokens`` each."""
+    spans = tuple(ImageSpan(i * visual_tokens, visual_tokens) for i in range(images))
+    plan = RequestPlan(images * visual_tokens + text_tokens + output_tokens, spans, ((visual_tokens,),) * images)
+    return prompt_cost(geometry, plan, (geometry.num_decoder_layers,), dtype, block_size)
 
 
 def measured_by(profile: Profile, measure: BudgetMeasure, geometry: Geometry) -> Profile:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from eos_vllm.analysis.advise import Catalogue, Wish
 from eos_vllm.analysis.choices import Choices, Point, acts, choices
-from eos_vllm.analysis.comparison import compare, held_cost
+from eos_vllm.analysis.comparison import compare, held_reduced, held_stock
 from eos_vllm.analysis.cost import Geometry, PromptCost
 from eos_vllm.core.budget import RetainBudget, kept_counts, parse_budget, plain
 from eos_vllm.core.errors import EosError, SettingError
@@ -139,7 +139,8 @@ def _plan_one(
     kind = (context.dtype, context.block_size)
     prompt = compare(context.geometry, planner, wanted.text_tokens, wanted.images, budget, *kind)
     text = (wanted.text_tokens, wanted.output_tokens, wanted.images)
-    held, stock = held_cost(context.geometry, planner, *text, budget, *kind)
+    held = held_reduced(context.geometry, planner, *text, budget, *kind)
+    stock = held_stock(context.geometry, planner.visual_tokens, *text, *kind)
     mine = BudgetPlan(
         **_cost(held, prompt.reduced).model_dump(),
         budget=plain(planner.budget if budget is None else budget),

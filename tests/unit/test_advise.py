@@ -87,7 +87,7 @@ def test_the_choice_is_the_cheapest_that_will_do(model: str, floor: float) -> No
         if planned.point.relative.low >= floor:
             costs = compare(catalogue(model).geometry, planned.planner, 88 + 256, 1).reduced
             held.append(costs.allocated_bytes)
-            assert requests_fit(40.0, costs.block_bytes, costs.blocks) >= 64
+            assert requests_fit(40.0, costs) >= 64
     assert advice.choice.kv_bytes == min(held)
     assert advice.choice.relative.low >= floor
     assert advice.choice.requests_fit == (40 * GIB - 1) // advice.choice.kv_bytes  # 40 GiB is no multiple of it

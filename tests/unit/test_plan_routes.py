@@ -1,4 +1,4 @@
-"""``POST /eos/plan`` and ``GET /eos/choices``: the very figures of the command line, bounds, and no input that breaks it."""
+"""``POST /eos/plan`` and ``GET /eos/choices``: the figures of the command line, bounds, and no input that breaks it."""
 
 import json
 from types import SimpleNamespace
@@ -109,7 +109,7 @@ def test_the_tokens_of_an_image_of_any_size() -> None:
         ({"budgets": [True]}, "budgets.0=True: Input should be a valid integer"),
         ({"budgets": ["200%"]}, "budgets='200%': this is no whole number, and no share"),
         ({"budgets": [64], "images": 0}, "images=0: Input should be greater than or equal to 1"),
-        ({"budgets": [64], "images": 10**9}, "images=1000000000: Input should be less than or equal to 1024"),
+        ({"budgets": [64], "images": 10**9}, "images=1000000000: Input should be less than or equal to 64"),
         ({"budgets": [64], "text_tokens": -1}, "text_tokens=-1"),
         ({"budgets": [64], "output_tokens": 10**12}, "output_tokens=1000000000000"),
         ({"budgets": [64], "visual_tokens": 99}, "visual_tokens=99: each image has 576 visual tokens"),
@@ -134,7 +134,10 @@ def test_a_body_is_bounded_and_has_to_be_json() -> None:
 def test_the_key_is_asked_for() -> None:
     guarded = client(SEARCHED)
     guarded.app.state.eos_guard = SimpleNamespace(verify_token=lambda h: h.get("authorization") == "Bearer k")
-    for ask in (lambda **o: guarded.post("/eos/plan", json={"budgets": [64]}, **o), lambda **o: guarded.get("/eos/choices", **o)):
+    for ask in (
+        lambda **o: guarded.post("/eos/plan", json={"budgets": [64]}, **o),
+        lambda **o: guarded.get("/eos/choices", **o),
+    ):
         assert (ask().status_code, ask().json()) == (401, {"error": "Unauthorized"})
         assert ask(headers={"Authorization": "Bearer other"}).status_code == 401
         assert ask(headers={"Authorization": "Bearer k"}).status_code == 200
