@@ -1,4 +1,4 @@
-"""``eos-vllm page``: the page on which token reduction can be seen, in front of a server, or with the embedded model."""
+"""``eos-vllm page``: the page that shows token reduction, in front of a server or with the embedded model."""
 
 import argparse
 import tempfile

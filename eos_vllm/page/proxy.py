@@ -1,8 +1,8 @@
 """The page in front of a server elsewhere: ``eos-vllm page --base-url URL``.
 
 A browser lets a page talk to its own origin only, so this one passes on what the page asks for, and nothing else: no
-path by which a server could be changed. Where the server has no ``/eos/`` paths (stock vLLM, or any OpenAI server) its 404
-comes through, and the page shows what can be known without them.
+path by which a server could be changed. Where the server has no ``/eos/`` paths (stock vLLM, or any OpenAI server) its
+404 comes through, and the page shows what can be known without them.
 """
 
 from collections.abc import AsyncIterator

@@ -112,5 +112,3 @@ def add_page(app: FastAPI, *routers: APIRouter) -> None:
     for further in routers:
         app.include_router(further, dependencies=[GUARD], responses=UNAUTHORIZED)
     app.mount("/eos/static", PageFiles(directory=STATIC), name="eos-page")
-
-

@@ -4,13 +4,14 @@ import { Events, oneLine } from "./sse.js";
 
 const ROOT = new URL("..", document.baseURI); // the page is at ROOT/eos/
 const KEY = "eos-api-key";
-const GONE = new Set([502, 503, 504]);
+const GONE = new Set([502, 504]); // what a proxy says of a server that is not there
 
-/** An answer that is none: `status` 0 where the server did not answer. */
+/** An answer that is none: `status` 0 where the server did not answer; `body` as it came. */
 export class ApiError extends Error {
-  constructor(status, line) {
+  constructor(status, line, body = "") {
     super(line);
     this.status = status;
+    this.body = body;
   }
 }
 
@@ -57,15 +58,15 @@ export async function ask(path, { method = "GET", body = null, signal = null } =
     server.dispatchEvent(new Event("accepted"));
     return answer;
   }
-  const line = oneLine(await answer.text().catch(() => ""), answer.status);
+  const said = await answer.text().catch(() => "");
   if (answer.status === 401) {
     reached(true);
     server.dispatchEvent(new Event("refused"));
     throw new ApiError(401, "the server wants another API key");
   }
-  // The status is 503 where the reduction has lost its proof: that server is there.
-  if (GONE.has(answer.status) && path !== "eos/status") reached(false);
-  throw new ApiError(answer.status, line);
+  // 503 is also what a server says that is there: a proof that is lost, a queue that is full.
+  if (GONE.has(answer.status)) reached(false);
+  throw new ApiError(answer.status, oneLine(said, answer.status), said);
 }
 
 /** The JSON of an answer. */

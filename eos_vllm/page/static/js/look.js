@@ -53,13 +53,13 @@ async function go() {
   try {
     const source = await load(image.url);
     const first = await askTraced(look, [question]);
-    const cards = [card(source, first, { title: question, number: 1 })];
+    const cards = [card(source, first, { title: question, number: 1, budget })];
     replace($("pictures"), cards);
     if (second !== "") {
       const turn = $("second-how").value === "turn";
       const turns = turn ? [question, first.answer.text, second] : [second];
       const then = await askTraced(look, turns);
-      cards.push(card(source, then, { title: second, number: 2, before: first, turn }));
+      cards.push(card(source, then, { title: second, number: 2, budget, before: first, turn }));
       replace($("pictures"), cards);
     }
     say(`${plural(pictures.length, "picture")} drawn`);
@@ -81,7 +81,7 @@ async function askTraced({ model, image, budget, salt }, turns) {
 }
 
 /** What one question kept. */
-function card(source, { answer, trace: found }, { title, number, before = null, turn = false }) {
+function card(source, { answer, trace: found }, { title, number, budget, before = null, turn = false }) {
   const image = found.images[0];
   const right = truth(title);
   const reading = el("p", { class: "note reading", "aria-live": "polite" }, "Point at a patch, or use the arrow keys on a picture, to read its figures.");
@@ -115,7 +115,7 @@ function card(source, { answer, trace: found }, { title, number, before = null, 
     { class: "card asked", "aria-label": `Question ${number}: ${title}`, data: { question: String(number) } },
     el("h2", {}, `${number}. ${title}`),
     el("p", { class: "said" }, answer.text === "" ? "(no text)" : answer.text),
-    el("p", { class: "note" }, `at ${found.budget ?? budgetName(state.budget)}`, right === null ? "" : `; the right answer is “${right}”`),
+    el("p", { class: "note" }, `at ${budgetName(budget)}`, right === null ? "" : `; the right answer is “${right}”`),
     reuse(found, image, answer, turn),
     reducers.length === 0 ? nothing(image, turn) : [el("div", { class: "strip" }, figures), legend(), reading, texts(image, reducers)],
   );

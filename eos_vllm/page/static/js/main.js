@@ -118,8 +118,19 @@ async function statusOf() {
     return status;
   } catch (error) {
     if (error.status === 404) found("status", false);
-    return error.status === 503 ? { ...(state.status ?? {}), status: "lost", reasons: [error.message] } : null;
+    return error.status === 503 ? lost(error) : null;
   }
+}
+
+/** A status that is answered as 503 says the same as one that is not, and why. */
+function lost(error) {
+  let body = {};
+  try {
+    body = JSON.parse(error.body);
+  } catch {
+    // some proxy's page: what was known of the server stays
+  }
+  return { ...(state.status ?? {}), ...(body.profile ? body : { status: "lost", reasons: [error.message] }) };
 }
 
 async function learn(status) {
