@@ -10,6 +10,7 @@ import { messages, on, state, truth } from "./store.js";
 const MOST = 6;
 let budgets = [];
 let running = null;
+let proposed = null; // by what the budgets were proposed
 
 /** Makes the view work. */
 export function startAsk() {
@@ -19,20 +20,27 @@ export function startAsk() {
   $("question").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("ask").hidden) go();
   });
-  on(["status", "total", "shares", "lowest"], propose);
+  on(["status", "total", "shares", "lowest"], () => {
+    const now = [state.status?.budget?.retain, state.total, state.shares, state.lowest].join();
+    if (now !== proposed) propose(); // a look at the server that says the same leaves what was chosen
+    proposed = now;
+  });
   on(["budget"], drawAdd);
   propose();
 }
 
-/** All tokens, the server's own budget and the lowest one, until the user has chosen. */
+/** All tokens, the server's own budget and one between them, until the user has chosen. */
 function propose() {
-  if (state.status === null) budgets = [null];
+  const own = state.status?.budget?.retain;
+  if (own === undefined) budgets = [null];
   else {
-    const whole = state.shares ? "100%" : state.total;
-    const own = state.status.budget.retain;
-    const half = state.shares ? `${Math.max(state.lowest, Math.round(parseFloat(own) / 2))}%` : Math.max(state.lowest, Math.round(own / 4));
+    const whole = state.shares ? 100 : state.total;
+    const least = Math.max(state.lowest, Math.min(parseFloat(own), whole / 4));
+    const numbers = [whole, Math.round(Math.sqrt(whole * least)), isWhole(own) ? Math.round(least) : parseFloat(own)];
     budgets = [];
-    for (const budget of [whole, own, half]) if (budget !== null && !budgets.some((b) => sameBudget(b, budget))) budgets.push(budget);
+    for (const budget of numbers.map((n) => (state.shares ? `${n}%` : n))) {
+      if (!budgets.some((b) => sameBudget(b, budget))) budgets.push(budget);
+    }
   }
   drawBudgets();
 }

@@ -3,10 +3,11 @@
 import { colour, el } from "./dom.js";
 
 const HEIGHT = 220;
+const WHOLE = [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5].map((p) => n * 10 ** p)).sort((a, b) => a - b);
 const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 
 /**
- * A chart: `about` is {title, unit, about, series: [[name, values, text]], range}.
+ * A chart: `about` is {title, unit, about, series: [[name, values, text]], range, whole (only whole numbers on the axis)}.
  *
  * Returns {element, attach, update, destroy}; `attach` once the element is in the document, for it needs its width.
  */
@@ -37,7 +38,7 @@ export function chart(about) {
         scales: { x: { time: true }, y: { range: (_, low, high) => about.range ?? [0, ceiling(high)] } },
         axes: [
           { ...axis, label: "time of day", labelSize: 18, size: 34, space: 70, values: (_, times) => times.map((t) => clock.format(t * 1000)) },
-          { ...axis, label: about.unit, labelSize: 20, size: 52 },
+          { ...axis, label: about.unit, labelSize: 20, size: 52, ...(about.whole ? { incrs: WHOLE } : {}) },
         ],
         series: [
           { label: "at", value: (_, time) => (time === null || time === undefined ? "–" : clock.format(time * 1000)) },

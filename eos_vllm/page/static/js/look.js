@@ -25,6 +25,7 @@ const MISSING = "This server keeps no traces: start it with --eos-profile PROFIL
 /** Draws all pictures anew: other options, other colours. */
 export function redraw() {
   for (const { draw } of pictures) draw();
+  for (const key of document.querySelectorAll("[data-goes]")) show(key, key.dataset.goes === $("goes").value);
 }
 
 const options = () => ({ goes: $("goes").value, importance: $("by-importance").checked });
@@ -99,16 +100,14 @@ function card(source, { answer, trace: found }, { title, number, budget, before 
     figures.push(el("figure", { data }, drawn.canvas, el("figcaption", {}, el("b", {}, heading), text)));
   };
   if (reducers.length > 0) {
-    const until = reducers[0].layer < 0 ? "As the vision tower saw it" : `In ${layers(0, reducers[0].layer + 1)}`;
-    add(null, until, `all ${count(image.tokens)} patches`);
+    add(null, reducers[0].layer < 0 ? "In the vision tower" : within(-1, reducers[0].layer), `all ${count(image.tokens)} patches`);
   }
   reducers.forEach((reducer, i) => {
     const share = percent(reducer.kept.length / image.tokens, 1);
     const same = before?.trace.images[0]?.reducers[i];
     const alike = same === undefined || same.kept.length === 0 ? "" : ` ${count(overlap(reducer.kept, same.kept))} of them as for the first question.`;
-    const last = i + 1 === reducers.length ? "" : ` to layer ${reducers[i + 1].layer}`;
-    const text = `${count(reducer.kept.length)} of ${count(image.tokens)} patches (${share}).${alike}${fateOf(reducer)}`;
-    add(reducer, `${place(reducer.layer)}${last}`, text, { layer: reducer.layer, kept: reducer.kept.join(",") });
+    const text = `${place(reducer.layer)} ${count(reducer.kept.length)} of ${count(image.tokens)} patches are kept (${share}).${alike}${fateOf(reducer)}`;
+    add(reducer, within(reducer.layer, reducers[i + 1]?.layer ?? null), text, { layer: reducer.layer, kept: reducer.kept.join(",") });
   });
   return el(
     "article",
@@ -119,6 +118,14 @@ function card(source, { answer, trace: found }, { title, number, budget, before 
     reuse(found, image, answer, turn),
     reducers.length === 0 ? nothing(image, turn) : [el("div", { class: "strip" }, figures), legend(), reading, texts(image, reducers)],
   );
+}
+
+/** The layers behind one reducer up to the next one, or to the end. */
+function within(layer, next) {
+  if (next !== null) return `In ${layers(layer + 1, next - layer)}`;
+  const segments = state.plan?.plans?.[0]?.segments ?? [];
+  const last = segments[segments.length - 1];
+  return last?.layer_from === layer + 1 ? `In ${layers(last.layer_from, last.layers)}` : `In layers ${layer + 1} on`;
 }
 
 function fateOf(reducer) {
@@ -149,12 +156,15 @@ function nothing(image, turn) {
 
 function legend() {
   const key = (kind, text) => el("span", {}, el("i", { class: kind }), text);
+  const goes = (how, text) => el("span", { data: { goes: how }, hidden: $("goes").value !== how }, text);
   return el(
     "div",
     { class: "legend" },
     key("key-kept", "kept: in colour"),
     key("key-grey", "discarded here: grey (paler is less important)"),
-    key("", "empty: gone before"),
+    key("key-gone", "empty: gone before"),
+    goes("tint", "a tint: goes to the kept patch in a frame of that colour"),
+    goes("lines", "a line: from a discarded patch to the kept one that it goes to"),
   );
 }
 

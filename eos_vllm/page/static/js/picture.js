@@ -57,7 +57,7 @@ export function picture(source, image, reducer, title, options, read) {
     const kept = state === "kept";
     // What is kept never fades below half, so that it can be told from what is not.
     const strength = importance && rank !== null ? rank : 0.5;
-    context.globalAlpha = kept ? 0.55 + 0.45 * (importance && rank !== null ? rank : 1) : state === "gone" ? 0 : 0.12 + 0.4 * strength;
+    context.globalAlpha = kept ? 0.75 + 0.25 * (importance && rank !== null ? rank : 1) : state === "gone" ? 0 : 0.1 + 0.3 * strength;
     const from = kept ? source : grey;
     const sx = from === source ? w / canvas.width : 1;
     const sy = from === source ? h / canvas.height : 1;

@@ -89,15 +89,17 @@ export function drawPlan(element, answer) {
       el("span", { class: "what" }, `${count(segment.tokens)} tokens · ${count(segment.kv_blocks)} KV blocks`),
     );
   });
-  const line = (name, mine, theirs, share) =>
+  const line = (name, mine, theirs, share, explanation = null) =>
     el(
       "tr",
-      {},
+      { title: explanation },
       el("th", { scope: "row" }, name),
       el("td", { class: "num" }, mine),
       el("td", { class: "num" }, theirs),
-      el("td", { class: "num saves" }, against(share)),
+      el("td", { class: share < 0.995 ? "num saves" : "num" }, share === null ? "" : against(share)),
     );
+  // A block of a server with a profile holds fewer layers than stock's: numbers of blocks don't compare.
+  const blocks = `Of ${bytes(plan.kv_bytes / plan.kv_blocks)} here, ${bytes(stock.kv_bytes / stock.kv_blocks)} in stock`;
   replace(
     element,
     rows,
@@ -108,7 +110,7 @@ export function drawPlan(element, answer) {
       el(
         "tbody",
         {},
-        line("KV blocks", count(plan.kv_blocks), count(stock.kv_blocks), plan.kv_blocks / stock.kv_blocks),
+        line("KV blocks", count(plan.kv_blocks), count(stock.kv_blocks), null, blocks),
         line("KV memory", bytes(plan.kv_bytes), bytes(stock.kv_bytes), plan.kv_bytes / stock.kv_bytes),
         line("Prefill", flops(plan.prefill_flops), flops(stock.prefill_flops), plan.prefill_flops / stock.prefill_flops),
       ),
@@ -117,7 +119,8 @@ export function drawPlan(element, answer) {
       "p",
       { class: "note" },
       `One image and ${TEXT} tokens of text. Layer average ${count(plan.layer_average)} visual tokens; `,
-      `the image's KV is ${percent(plan.kv_share)} of stock's, in the end ${count(plan.final)} are left.`,
+      `the image's KV is ${percent(plan.kv_share)} of stock's, in the end ${count(plan.final)} are left. `,
+      `${blocks.replace("Of", "KV blocks are of")}.`,
     ),
   );
 }

@@ -98,9 +98,11 @@ function drawImage() {
   preview.alt = `The image that is asked about: ${image.name}`;
   $("image-name").textContent = `${image.name}, ${image.width} × ${image.height} pixels`;
   if (image.sample !== null) $("sample").textContent = "Another sample";
-  const chips = image.questions.map((question) =>
-    el("button", { type: "button", on: { click: () => set({ question: question.text }) } }, question.text),
-  );
+  const chips = image.questions.map((question) => {
+    const [first, ...options] = question.text.split("\n");
+    const shown = options.length > 0 ? `${first} (one of ${options.length})` : first;
+    return el("button", { type: "button", on: { click: () => set({ question: question.text }) } }, shown);
+  });
   replace($("suggestions"), chips);
   replace($("second-list"), image.questions.map((question) => el("option", { value: question.text })));
 }

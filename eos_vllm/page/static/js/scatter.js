@@ -74,8 +74,24 @@ export function scatter(points, { cost, lit, chosen, idOf, choose, baseline }) {
         ]
       : null,
     svg("polyline", { class: "frontier", points: frontier(shown, cost).map((p) => `${across(of(p))},${up(p.accuracy.mean)}`).join(" ") }),
+    labels(shown.filter((p) => p.served_here), (p) => [across(of(p)), up(p.accuracy.mean)]),
     ordered.map((point) => dot(point, across(of(point)), up, { lit, chosen: idOf(point) === chosen, choose, of })),
   );
+}
+
+/** Budgets beside the points that are served, each at the first place where it covers no other label or point. */
+function labels(points, at) {
+  const taken = points.map((p) => [at(p)[0] - 7, at(p)[1] - 7, at(p)[0] + 7, at(p)[1] + 7]);
+  return points.map((point) => {
+    const [x, y] = at(point);
+    const text = String(point.budget);
+    const width = 8 * text.length;
+    const places = [[x + 10, y + 4], [x - width / 2, y - 13], [x - width / 2, y + 24], [x - 10 - width, y + 4], [x - width / 2, y + 40], [x - width / 2, y - 29]];
+    const free = ([left, base]) => taken.every(([l, t, r, b]) => left > r || left + width < l || base < t || base - 11 > b);
+    const [left, base] = places.find(free) ?? places[0];
+    taken.push([left, base - 11, left + width, base]);
+    return svg("text", { class: "label", x: left, y: base }, text);
+  });
 }
 
 function dot(point, x, up, { lit, chosen, choose, of }) {
@@ -103,6 +119,5 @@ function dot(point, x, up, { lit, chosen, choose, of }) {
     svg("title", {}, name),
     strong ? svg("line", { class: "interval", x1: x, x2: x, y1: up(low), y2: up(high) }) : null,
     svg("circle", { cx: x, cy: up(mean), r: strong ? 6 : 4, opacity: strong ? 1 : 0.55 }),
-    strong && point.served_here ? svg("text", { class: "label", x: x + 9, y: up(mean) + 4 }, String(point.budget)) : null,
   );
 }

@@ -73,6 +73,7 @@ function contents() {
     {
       title: "Requests",
       unit: "requests",
+      whole: true,
       about: "Running: in a step of the engine. Waiting: for a place or for memory.",
       series: [
         ["running", history.of("running"), count],
@@ -82,6 +83,7 @@ function contents() {
     {
       title: "KV blocks held, by segment of layers",
       unit: "KV blocks",
+      whole: true,
       about: "Later segments hold fewer blocks, for fewer tokens are left there.",
       series: history.names("blocks/").map((name) => [segmentName(Number(name.slice("blocks/".length))), history.of(name), count]),
     },
@@ -90,13 +92,14 @@ function contents() {
       unit: "tokens per second",
       about: "What enters the first reducer, and what is left behind each one.",
       series: [
-        ...(first === undefined ? [] : [["enter", history.rate(`in/${first}`), short]]),
+        ...(first === undefined ? [] : [["entering", history.rate(`in/${first}`), short]]),
         ...layersOf.map((layer) => [`${place(Number(layer)).toLowerCase()}`, history.rate(`kept/${layer}`), short]),
       ],
     },
     {
       title: "Budgets chosen",
       unit: `requests in ${WITHIN} s`,
+      whole: true,
       about: "Requests with images, by the budget that they were given.",
       series: budgets.map((name) => [budgetLabel(name.slice("budget/".length)), history.growth(name, WITHIN), count]),
     },
