@@ -106,7 +106,7 @@ function card(source, { answer, trace: found }, { title, number, budget, before 
     const share = percent(reducer.kept.length / image.tokens, 1);
     const same = before?.trace.images[0]?.reducers[i];
     const alike = same === undefined || same.kept.length === 0 ? "" : ` ${count(overlap(reducer.kept, same.kept))} of them as for the first question.`;
-    const text = `${place(reducer.layer)} ${count(reducer.kept.length)} of ${count(image.tokens)} patches are kept (${share}).${alike}${fateOf(reducer)}`;
+    const text = `${place(reducer.layer)}: ${count(reducer.kept.length)} of ${count(image.tokens)} patches are kept (${share}).${alike}${fateOf(reducer)}`;
     add(reducer, within(reducer.layer, reducers[i + 1]?.layer ?? null), text, { layer: reducer.layer, kept: reducer.kept.join(",") });
   });
   return el(
