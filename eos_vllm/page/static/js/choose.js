@@ -33,8 +33,16 @@ export async function openChoose() {
 /** Other colours: the picture takes them from the style sheet by itself. */
 export function recolourChoose() {}
 
+const MEASURES = {
+  final: "tokens left in the end",
+  layer_average: "tokens per layer on average",
+  kv_bytes: "tokens by KV memory",
+  flops: "tokens by prefill work",
+};
+
 const served = () => data.points.filter((point) => point.served_here);
-const idOf = (point) => `${point.profile}@${point.budget}`;
+// A budget is measured in several ways, and the same one may have been measured twice.
+const idOf = (point) => [point.profile, point.budget, point.measure, point.source].join("@");
 
 function draw() {
   $("choose-note").textContent =
@@ -118,6 +126,7 @@ function tell(detail, point) {
     el(
       "dl",
       { class: "figures" },
+      figure("Budget", `${point.budget}${MEASURES[point.measure] ? `, ${MEASURES[point.measure]}` : ""}`),
       figure("Right answers", `${percent(accuracy.mean, 1)} (${(100 * accuracy.low).toFixed(1)} to ${percent(accuracy.high, 1)})`),
       figure("without counting", point.without_counting === null || point.without_counting === undefined ? "–" : percent(point.without_counting, 1)),
       figure("Questions", count(accuracy.questions)),
