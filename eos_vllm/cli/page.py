@@ -1,6 +1,7 @@
 """``eos-vllm page``: the page that shows token reduction, in front of a server or with the embedded model."""
 
 import argparse
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def run_embedded(args: argparse.Namespace) -> int:
     from eos_vllm.models import embedded
 
     profiles.load(args.profile)
+    # As Ctrl-C: a server of its own process group would be left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     flags = [*embedded_flags(args.profile), "--host", args.host]
     with tempfile.TemporaryDirectory(prefix="eos-page-") as folder:
         log = Path(folder) / "server.log"

@@ -111,8 +111,8 @@ export async function chat(request, onText) {
     }
     const choice = chunk.choices?.[0];
     const piece = choice?.delta?.content;
+    if (choice) last = performance.now(); // the last token may be the end, which has no text
     if (piece) {
-      last = performance.now();
       out.first ??= last - start;
       out.text += piece;
       onText?.(piece);
