@@ -1,7 +1,7 @@
 # make setup | test | lint | demo | docs | clean
 # make up | down | drill | deploy-check | deploy-rules
 # make page | page-screenshots | page-fuzz
-# make embedded-model | accuracy | several-questions | equal-cost | search | ablations | bench | loadtest | bench-smoke | soak
+# make embedded-model | accuracy | several-questions | equal-cost | choices | search | ablations | bench | loadtest | bench-smoke | soak
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
@@ -24,7 +24,7 @@ OTHERS := $(filter-out $(ENGINES) tests/__pycache__,$(patsubst %/,%,$(sort $(wil
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: page page-screenshots page-fuzz test-engines test-others up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest bench-smoke soak docs clean
+.PHONY: page page-screenshots page-fuzz test-engines test-others up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost choices search ablations bench loadtest bench-smoke soak docs clean
 
 setup: $(READY)
 
@@ -106,6 +106,10 @@ several-questions: setup
 equal-cost: setup
 	$(BIN)/python benchmarks/equal_cost.py --out results/equal-cost.json
 	$(BIN)/python benchmarks/equal_cost.py --table results/equal-cost.json --page docs/equal-cost.md
+
+# Accuracy against cost for the page and for `eos-vllm advise`, from committed raw results; measures nothing.
+choices: setup
+	$(BIN)/python -m benchmarks.choices
 
 # Searches a profile on the embedded model; what was stopped goes on with --resume.
 search: setup

@@ -1,6 +1,6 @@
 """Condenses committed raw results into what the page and ``eos-vllm advise`` know of accuracy, cost and speed.
 
-    python benchmarks/choices.py  # results/... to eos_vllm/page/data/choices.json
+    python -m benchmarks.choices  # results/... to eos_vllm/page/data/choices.json
 
 Nothing is measured here: every figure is a raw result's own, or computed from the replies and rounds that it keeps. The
 same results give the same bytes. A profile that does something else today than when it was measured is refused.
@@ -10,12 +10,9 @@ import argparse
 import hashlib
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.equal_cost import all_profiles
 from eos_search.accuracy import AVERAGE, Share, accuracy, relative
@@ -209,7 +206,10 @@ def condense(root: Path) -> str:
     if weights is None or weights != wide["weights"]:
         raise EosError("weights", wide["weights"], f"the embedded model is {weights} today", "make accuracy")
     known = all_profiles()
-    own = {name: as_schema_1(profiles.load(name)) for name in {case["profile"] for case in wide["cases"]} & {*profiles.names()}}
+    own = {
+        name: as_schema_1(profiles.load(name))
+        for name in {case["profile"] for case in wide["cases"]} & {*profiles.names()}
+    }
     wide_rows = [row(data, data["image"]) for data in wide["rows"]]
     if len(wide_rows) != len(wide["cases"][0]["replies"]):
         raise EosError("rows", len(wide_rows), f"{ACCURACY} holds another number of replies", "make accuracy")

@@ -83,7 +83,9 @@ def chance(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
-def _resampled(rows: Sequence[Row], marks: np.ndarray, seed: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+def _resampled(
+    rows: Sequence[Row], marks: np.ndarray, seed: int
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """Kinds, mean mark of each, the same of each resample ``[RESAMPLES, kinds]``, and how many questions each has."""
     kinds = sorted({row.kind for row in rows})
     images = sorted({str(row.image_files) for row in rows})

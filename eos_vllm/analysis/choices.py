@@ -173,4 +173,10 @@ def acts(profile: Profile) -> dict[str, Any]:
     data = {key: value for key, value in upgrade(profile).to_dict().items() if key not in _TALK}
     data["model"].pop("flops_crossover", None)
     data["importance"].pop("window", None)
+    if not profile.inside:
+        first = data["reducers"][0]
+        # One cut before the decoder: the budget alone says how deep, and no text is asked.
+        data["importance"], first["gate"], first["discard"] = {}, 1.0, 1.0
+        if not (first["gamma"] or first["rho"] or first["nu"]):
+            first["tau"] = first["theta"] = 0.0
     return data

@@ -9,6 +9,7 @@ COMMANDS = {
     "doctor": ("doctor", "check this environment: versions, vLLM's platform and runner, the plugin"),
     "verify": ("verify", "hold the unified operator against prune, merge, pool and reweight (the paper's Listing 3)"),
     "plan": ("plan", "print what a profile keeps per layer, and its KV memory and FLOPs against stock"),
+    "advise": ("advise", "name the cheapest measured profile and budget that keeps an accuracy and fits a KV memory"),
     "profile": ("profile", "list, show, validate, rescale and scale operator profiles"),
     "shape-model": (
         "shape_model",

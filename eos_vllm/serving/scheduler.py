@@ -92,7 +92,10 @@ class EosSchedulerMixin(Scheduler):
         except BudgetError as e:  # past the front end's check; an exception here would end the engine for everybody
             logger.warning("eos: %s; the request has no floor of its own", e)
             least = None
-        budget = plain(elastic.choose(behind, free, images, least))
+        chosen = elastic.choose(behind, free, images, least)
+        place = {elastic.levels[0]: "ceiling", elastic.levels[-1]: "floor"}.get(chosen, "between")
+        self.counters.add("elastic", place, 1)
+        budget = plain(chosen)
         params.extra_args = {**(extra or {}), REQUEST_FIELD: budget}
         self.chosen[request.request_id] = budget
 

@@ -11,6 +11,7 @@ from eos_vllm.core.budget import Share, tokens_of
 from eos_vllm.core.errors import BudgetError, SettingError
 from eos_vllm.core.plan import Planner
 from eos_vllm.serving.elastic import Elastic, least_of, levels, parse_range
+from eos_vllm.serving.metrics import Counters
 from eos_vllm.serving.scheduler import EosSchedulerMixin
 
 PLANNER = Planner(make_profile(visual=576), block=32, elastic=(32, 256))
@@ -78,11 +79,13 @@ def test_a_floor_that_is_none_does_not_end_the_engine() -> None:
     params = SimpleNamespace(extra_args={"eos_retain_min": "x"})
     request = SimpleNamespace(sampling_params=params, mm_features=[], request_id="r")
     pool = SimpleNamespace(get_num_free_blocks=lambda: ROOM)
+    counters, manager = Counters(1), SimpleNamespace(block_pool=pool)
     scheduler = SimpleNamespace(
-        waiting=[], running=[], planner=PLANNER, chosen={}, kv_cache_manager=SimpleNamespace(block_pool=pool)
+        waiting=[], running=[], planner=PLANNER, chosen={}, kv_cache_manager=manager, counters=counters
     )
     EosSchedulerMixin._choose_budget(scheduler, controller(), request)  # type: ignore[arg-type]
     assert params.extra_args["eos_retain"] == scheduler.chosen["r"] == 256
+    assert counters.take_increments()["elastic/ceiling"] == 1
 
 
 def test_floors_of_requests_are_read() -> None:
