@@ -74,6 +74,9 @@ def numbers(text: str) -> list[int]:
 
 def slide(page: Any, budget: int) -> None:
     """Moves the slider, and waits for its plan."""
+    page.locator("#plan:not(.stale) .segment").first.wait_for()
+    if page.locator("#budget-number").input_value() == str(budget):
+        return
     with page.expect_response(lambda r: r.url.endswith("/eos/plan") and f"[{budget}]" in (r.request.post_data or "")):
         page.locator("#budget-number").fill(str(budget))
         page.locator("#budget-number").press("Tab")

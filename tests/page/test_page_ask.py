@@ -9,6 +9,7 @@ from page_browser import PROFILE, ask_here, expect, numbers, slide, stream
 
 from eos_vllm.cli.main import main
 from eos_vllm.cluttervqa import make_sample
+from eos_vllm.models import embedded
 
 pytestmark = pytest.mark.serving
 
@@ -63,19 +64,8 @@ def test_words_that_differ_are_marked(page: Any) -> None:
 def test_the_slider_says_what_eos_vllm_plan_says(budget: int, page: Any, capsys: pytest.CaptureFixture[str]) -> None:
     slide(page, budget)
     capsys.readouterr()
-    command = [
-        "plan",
-        "--profile",
-        PROFILE,
-        "--retain",
-        str(budget),
-        "--block-size",
-        "32",
-        "--dtype",
-        "float32",
-        "--json",
-    ]
-    assert main(command) == 0
+    command = f"plan --profile {PROFILE} --model {embedded.path()} --retain {budget} --block-size 32 --dtype float32 --json"
+    assert main(command.split()) == 0
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     rows = dict(
         zip(

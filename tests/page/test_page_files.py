@@ -15,6 +15,8 @@ from fastapi.testclient import TestClient
 from page_browser import STATIC, run_modules
 from PIL import Image
 
+from eos_vllm.cli.main import main
+from eos_vllm.cli.page import address, embedded_flags
 from eos_vllm.cluttervqa import make_sample
 from eos_vllm.core.errors import SettingError
 from eos_vllm.page.proxy import MOST_BYTES, check_base_url, page_app
@@ -108,6 +110,15 @@ def test_samples(client: TestClient) -> None:
     ]
     for bad in ("-1", "100000", "x", "1.5", "9" * 400):
         assert client.get(f"/eos/samples/{bad}", headers=KEY).status_code == 422, bad
+
+
+def test_the_command_says_where_the_page_is_and_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["page", "--base-url", "nowhere"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("eos-vllm: error: base-url='nowhere'")
+    assert address("0.0.0.0", 8600) == "http://127.0.0.1:8600/eos/"
+    assert address("::1", 80) == "http://[::1]:80/eos/"
+    assert "--eos-page" in embedded_flags("embedded-fastv")
 
 
 # The page before another server.

@@ -15,9 +15,8 @@ from eos_vllm.models import embedded
 pytestmark = pytest.mark.serving
 
 
-def reference_kept(number: int, question: str, budget: int) -> list[list[int]]:
+def reference_kept(reference: ReferenceModel, number: int, question: str, budget: int) -> list[list[int]]:
     """What the Hugging Face reference keeps of a sample, by reducer: the image's own indices."""
-    reference = ReferenceModel.from_pretrained(str(embedded.path()), profiles.load(PROFILE), block=32)
     prompt = chat_prompt(reference.processor, question, 1)
     embeddings, spans, ids = reference.embed(prompt, [make_sample("test", number).image], budget)
     kept = reference.prefill(embeddings, spans, budget, ids=ids.tolist()).kept
@@ -27,22 +26,24 @@ def reference_kept(number: int, question: str, budget: int) -> list[list[int]]:
 
 def kept_here(card: Any) -> list[list[int]]:
     """What the page says was kept, by reducer, as its pictures and its text have it."""
-    drawn = [figure.get_attribute("data-kept") for figure in card.locator("figure[data-kept]").all()]
+    drawn = [figure.get_attribute("data-kept").split(",") for figure in card.locator("figure[data-kept]").all()]
     card.locator("summary").click()
     written = card.locator(".indices").all_inner_texts()
-    assert [numbers(text) for text in drawn] == [numbers(text) for text in written]
+    assert [[int(index) for index in indices] for indices in drawn] == [numbers(text) for text in written]
     return [numbers(text) for text in written]
 
 
-def test_kept_patches_are_the_references_and_those_of_a_second_question_too(page: Any) -> None:
+@pytest.mark.parametrize("budget", [330, 32])
+def test_kept_patches_are_the_references_and_those_of_a_second_question_too(budget: int, page: Any) -> None:
+    reference = ReferenceModel.from_pretrained(str(embedded.path()), profiles.load(PROFILE), block=32)
     first, second = (question.text for question in make_sample("test", 0).questions[:2])
     page.locator("nav a[href='#look']").click()
     page.locator("#second").fill(second)
-    card = look_at(page, 330)
+    card = look_at(page, budget)
     page.locator("[data-question='2'] canvas").first.wait_for()
-    assert kept_here(card) == reference_kept(0, first, 330)
+    assert kept_here(card) == reference_kept(reference, 0, first, budget)
     other = page.locator("[data-question='2']")
-    assert kept_here(other) == reference_kept(0, second, 330)
+    assert kept_here(other) == reference_kept(reference, 0, second, budget)
     assert "of them as for the first question" in other.inner_text()
     # A picture for each segment of layers, drawn: neither empty nor of one colour.
     assert card.locator("canvas").count() == 1 + len(profiles.load(PROFILE).reducers)

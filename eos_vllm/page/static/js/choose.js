@@ -12,6 +12,8 @@ let chosen = null;
 let cost = "layer_average";
 let lit = "";
 let loading = false;
+const phone = matchMedia("(max-width: 40rem)");
+phone.addEventListener("change", () => data !== null && draw());
 
 /** Loads the points when the view is opened, and again where that failed. */
 export async function openChoose() {
@@ -29,9 +31,6 @@ export async function openChoose() {
   }
   loading = false;
 }
-
-/** Other colours: the picture takes them from the style sheet by itself. */
-export function recolourChoose() {}
 
 const MEASURES = {
   final: "tokens left in the end",
@@ -72,7 +71,7 @@ function draw() {
     plot.querySelector(".chosen")?.focus();
   };
   function paint() {
-    replace(plot, scatter(data.points, { cost, lit, chosen, idOf, choose, baseline: baselineOf(data) }));
+    replace(plot, scatter(data.points, { cost, lit, chosen, idOf, choose, baseline: baselineOf(data), narrow: phone.matches }));
   }
   paint();
   tell(detail, data.points.find((point) => idOf(point) === chosen) ?? null);
@@ -142,8 +141,14 @@ function tell(detail, point) {
         ? el("a", { href: "#ask" }, `The slider is at ${point.budget} now: ask`)
         : el("span", { class: "note" }, "Another profile than this server's: start one with it to ask."),
     ),
-    el("p", { class: "note" }, "Rests on ", el("code", {}, point.source ?? data.source ?? ""), "; 95 % interval by bootstrap over images."),
+    el("p", { class: "note" }, "Rests on ", el("code", {}, point.source), `${origin(point)}. 95 % interval by bootstrap over images.`),
   );
+}
+
+/** When, with which revision and on what a point was measured. */
+function origin(point) {
+  const raw = data.origin?.find((one) => one.file === point.source);
+  return raw === undefined ? "" : `: ${raw.about} (${raw.created.slice(0, 10)}, revision ${raw.git.slice(0, 9)}, ${raw.machine})`;
 }
 
 function table() {

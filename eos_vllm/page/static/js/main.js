@@ -2,7 +2,7 @@
 
 import { ApiError, ask, isReachable, json, key, server } from "./api.js";
 import { startAsk } from "./ask.js";
-import { openChoose, recolourChoose } from "./choose.js";
+import { openChoose } from "./choose.js";
 import { $, el, replace, say, show } from "./dom.js";
 import { learnRange, startPrompt, takeSample } from "./prompt.js";
 import { redraw, startLook } from "./look.js";
@@ -19,7 +19,7 @@ let learnt = false;
 function route(focus) {
   const wanted = location.hash.slice(1);
   const view = wanted in VIEWS ? wanted : null;
-  if (view === null && location.hash !== "" && wanted !== "") return; // a link within the page
+  if (view === null && wanted !== "" && focus) return; // a link within the page
   const shown = view ?? "ask";
   for (const name of Object.keys(VIEWS)) show($(name), name === shown);
   show($("workbench"), shown === "ask" || shown === "look");
@@ -43,7 +43,6 @@ function startTheme() {
     else document.documentElement.dataset.theme = theme.value;
     redraw();
     recolourWatch();
-    recolourChoose();
   };
   theme.addEventListener("change", () => {
     localStorage.setItem("eos-theme", theme.value);
@@ -55,6 +54,7 @@ function startTheme() {
 
 function startKey() {
   const form = $("key-form");
+  let shown = false; // by itself it opens once for each key: who closed it is left alone
   const open = (visible) => {
     show(form, visible);
     $("key-button").setAttribute("aria-expanded", String(visible));
@@ -65,6 +65,7 @@ function startKey() {
     event.preventDefault();
     key.set($("key").value.trim());
     $("key").value = "";
+    shown = false;
     open(false);
     look();
   });
@@ -80,7 +81,8 @@ function startKey() {
         ? "The server refuses this API key (HTTP 401). Give the one that it was started with (--api-key)."
         : "The server asks for an API key (HTTP 401). Give the one that it was started with (--api-key).",
     );
-    if (form.hidden) open(true);
+    if (!shown) open(true);
+    shown = true;
   });
   server.addEventListener("accepted", () => banner(null));
 }
@@ -139,13 +141,13 @@ async function learn(status) {
   if (state.image === null) await takeSample(0);
 }
 
-/** An unknown trace is told by a text of our own, an unknown path by the framework's. */
+/** An unknown trace is told by a text of our own, an unknown path by that of whatever server it is. */
 async function hasTraces() {
   try {
     await ask("eos/trace/none");
     return true;
   } catch (error) {
-    return error.status === 404 && error.message !== "Not Found";
+    return error.status === 404 && error.message.includes("eos_trace");
   }
 }
 

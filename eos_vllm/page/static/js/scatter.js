@@ -3,7 +3,9 @@
 import { svg } from "./dom.js";
 import { percent, short } from "./format.js";
 
-const SIZE = { width: 860, height: 480, left: 62, right: 20, top: 18, bottom: 56 };
+// In units of the picture, which is as wide as its column: few on a phone, so that its text stays readable.
+const WIDE = { width: 860, height: 480, left: 62, right: 20, top: 18, bottom: 56 };
+const NARROW = { width: 400, height: 400, left: 54, right: 16, top: 18, bottom: 54 };
 
 /** Costs that may stand on the axis: `of` a point, `low` whether less is better, a scale by doublings where `log`. */
 export const COSTS = {
@@ -36,8 +38,9 @@ export function ticks(low, high, log) {
   return found;
 }
 
-/** The picture. `options`: {cost, lit (profile), chosen (id), idOf, choose(point), baseline}. */
-export function scatter(points, { cost, lit, chosen, idOf, choose, baseline }) {
+/** The picture. `options`: {cost, lit (profile), chosen (id), idOf, choose(point), baseline, narrow}. */
+export function scatter(points, { cost, lit, chosen, idOf, choose, baseline, narrow }) {
+  const SIZE = narrow ? NARROW : WIDE;
   const { of, log, label } = COSTS[cost];
   const shown = points.filter((p) => Number.isFinite(of(p)));
   const xs = shown.map(of);
@@ -65,7 +68,7 @@ export function scatter(points, { cost, lit, chosen, idOf, choose, baseline }) {
     ]),
     svg("line", { class: "axis", x1: SIZE.left, x2: SIZE.width - SIZE.right, y1: edge, y2: edge }),
     svg("line", { class: "axis", x1: SIZE.left, x2: SIZE.left, y1: SIZE.top, y2: edge }),
-    svg("text", { class: "title", x: (SIZE.left + SIZE.width) / 2, y: SIZE.height - 12, "text-anchor": "middle" }, `Cost: ${label}${log ? " (each line doubles)" : ""}`),
+    svg("text", { class: "title", x: (SIZE.left + SIZE.width) / 2, y: SIZE.height - 12, "text-anchor": "middle" }, `${narrow ? "" : "Cost: "}${label}${log && !narrow ? " (each line doubles)" : ""}`),
     svg("text", { class: "title", x: 16, y: (SIZE.top + edge) / 2, "text-anchor": "middle", transform: `rotate(-90 16 ${(SIZE.top + edge) / 2})` }, "Right answers, %"),
     baseline !== null && Number.isFinite(baseline?.mean)
       ? [
