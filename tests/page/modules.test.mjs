@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { difference } from "../../eos_vllm/page/static/js/diff.js";
 import { against, bytes, flops, layers, ms, percent, short } from "../../eos_vllm/page/static/js/format.js";
-import { boxes, fates, nameOf, overlap, received, seen, step, tokenAt } from "../../eos_vllm/page/static/js/patches.js";
+import { boxes, fates, levels, nameOf, overlap, received, seen, step, tokenAt } from "../../eos_vllm/page/static/js/patches.js";
 import { by, History, parse, sum } from "../../eos_vllm/page/static/js/prometheus.js";
 import { Events, oneLine } from "../../eos_vllm/page/static/js/sse.js";
 
@@ -105,6 +105,19 @@ test("tokens stand where the family puts them", () => {
   assert.equal(nameOf(grid(2, 3), 4), "patch 4 (row 2, column 2)");
   assert.equal(tokenAt(boxes(grid(2, 2), 1, 1), 0.75, 0.2), 1);
   assert.equal(tokenAt([null, [0, 0, 0.5, 0.5]], 0.9, 0.9), null);
+});
+
+test("tiles that lie on the whole image stand beside it", () => {
+  const whole = boxes(grid(2, 2), 1, 1);
+  const tiles = boxes(grid(4, 4), 1, 1);
+  const found = levels([...whole, ...tiles.slice(0, 8), null, ...tiles.slice(8)]);
+  assert.equal(found.count, 2);
+  assert.deepEqual(found.of, [...new Array(4).fill(0), ...new Array(17).fill(1)]);
+  assert.deepEqual(found.shown[0], [0, 0, 0.25, 0.5]);
+  assert.deepEqual(found.shown[4], [0.5, 0, 0.625, 0.25]);
+  assert.equal(found.shown[12], null);
+  assert.equal(levels(tiles).count, 1);
+  assert.deepEqual(levels(tiles).shown, tiles);
 });
 
 test("arrow keys go from patch to patch, and stop at the edge", () => {

@@ -116,7 +116,7 @@ function card(source, { answer, trace: found }, { title, number, budget, before 
     el("p", { class: "said" }, answer.text === "" ? "(no text)" : answer.text),
     el("p", { class: "note" }, `at ${budgetName(budget)}`, right === null ? "" : `; the right answer is “${right}”`),
     reuse(found, image, answer, turn),
-    reducers.length === 0 ? nothing(image, turn) : [el("div", { class: "strip" }, figures), legend(), reading, texts(image, reducers)],
+    reducers.length === 0 ? nothing(image, turn) : [el("div", { class: own[0].levels > 1 ? "strip tiled" : "strip" }, figures), legend(own[0].levels), reading, texts(image, reducers)],
   );
 }
 
@@ -154,7 +154,7 @@ function nothing(image, turn) {
   return el("p", { class: "note" }, why);
 }
 
-function legend() {
+function legend(levels) {
   const key = (kind, text) => el("span", {}, el("i", { class: kind }), text);
   const goes = (how, text) => el("span", { data: { goes: how }, hidden: $("goes").value !== how }, text);
   return el(
@@ -163,6 +163,7 @@ function legend() {
     key("key-kept", "kept: in colour"),
     key("key-grey", "discarded here: grey (paler is less important)"),
     key("key-gone", "empty: gone before"),
+    levels > 1 && el("span", {}, "side by side: the image as a whole, then its tiles"),
     goes("tint", "a tint: goes to the kept patch in a frame of that colour"),
     goes("lines", "a line: from a discarded patch to the kept one that it goes to"),
   );

@@ -25,6 +25,33 @@ export function boxes(image, width, height) {
   });
 }
 
+/**
+ * Tokens that lie on others are of another level: families with tiles see an image as a whole first, then in parts.
+ *
+ * Returns {of: level of each token, count, shown: boxes with the levels side by side, in fractions of all of them}.
+ */
+export function levels(places) {
+  const of = new Array(places.length).fill(0);
+  let level = 0;
+  let current = [];
+  places.forEach((box, token) => {
+    if (box !== null) {
+      const [x, y] = centre(box);
+      if (current.some(([x0, y0, x1, y1]) => x > x0 && x < x1 && y > y0 && y < y1)) {
+        level += 1;
+        current = [];
+      }
+      current.push(box);
+    }
+    of[token] = level;
+  });
+  const count = level + 1;
+  const shown = places.map((box, token) =>
+    box === null ? null : [(of[token] + box[0]) / count, box[1], (of[token] + box[2]) / count, box[3]],
+  );
+  return { of, count, shown };
+}
+
 /** Name of a token for people: its number, and its row and column from 1 where it has them. */
 export function nameOf(image, token) {
   if (!image.rows || !image.columns) return `patch ${token}`;

@@ -2,7 +2,7 @@
 
 import { colour, el } from "./dom.js";
 import { short } from "./format.js";
-import { boxes, centre, fates, hueOf, nameOf, received, step, tokenAt } from "./patches.js";
+import { boxes, centre, fates, hueOf, levels, nameOf, received, step, tokenAt } from "./patches.js";
 
 const WIDTH = 480; // pixels of the canvas; style makes it as wide as its column
 
@@ -15,15 +15,16 @@ const WIDTH = 480; // pixels of the canvas; style makes it as wide as its column
  */
 export function picture(source, image, reducer, title, options, read) {
   const { naturalWidth: w, naturalHeight: h } = source;
-  const places = boxes(image, w, h);
+  const own = boxes(image, w, h); // in fractions of the image
+  const { count, shown: places } = levels(own); // in fractions of the canvas
   const fate = reducer === null ? null : fates(image.tokens, reducer);
   const gets = fate === null ? new Map() : received(fate);
   const canvas = el("canvas", { tabindex: "0", role: "img", "aria-label": `${title}. Arrow keys tell of single patches.` });
-  canvas.width = WIDTH;
+  canvas.width = WIDTH * count;
   canvas.height = Math.max(40, Math.round((WIDTH * h) / w));
   const context = canvas.getContext("2d");
   let at = null;
-  const grey = greyOf(source, canvas.width, canvas.height);
+  const grey = greyOf(source, WIDTH, canvas.height);
 
   const pixels = (box) => {
     const x = Math.round(box[0] * canvas.width);
@@ -35,7 +36,7 @@ export function picture(source, image, reducer, title, options, read) {
     const { goes, importance } = options();
     context.clearRect(0, 0, canvas.width, canvas.height);
     context.imageSmoothingEnabled = w > 2 * WIDTH / 3;
-    if (fate === null) context.drawImage(source, 0, 0, canvas.width, canvas.height);
+    if (fate === null) for (let i = 0; i < count; i += 1) context.drawImage(source, i * WIDTH, 0, WIDTH, canvas.height);
     else {
       context.fillStyle = colour("sunk");
       context.fillRect(0, 0, canvas.width, canvas.height);
@@ -53,17 +54,16 @@ export function picture(source, image, reducer, title, options, read) {
   }
 
   function cell([x, y, width, height], { state, rank, goes: target }, token, goes, importance) {
-    if (state === "gone" && goes !== "tint") return;
+    if (state === "gone") return;
     const kept = state === "kept";
-    // What is kept never fades below half, so that it can be told from what is not.
+    // What is kept hardly fades, so that it can be told from what is not.
     const strength = importance && rank !== null ? rank : 0.5;
-    context.globalAlpha = kept ? 0.75 + 0.25 * (importance && rank !== null ? rank : 1) : state === "gone" ? 0 : 0.1 + 0.3 * strength;
-    const from = kept ? source : grey;
-    const sx = from === source ? w / canvas.width : 1;
-    const sy = from === source ? h / canvas.height : 1;
-    context.drawImage(from, x * sx, y * sy, width * sx, height * sy, x, y, width, height);
+    context.globalAlpha = kept ? 0.75 + 0.25 * (importance && rank !== null ? rank : 1) : 0.1 + 0.3 * strength;
+    const [from, across, down] = kept ? [source, w, h] : [grey, WIDTH, canvas.height];
+    const [x0, y0, x1, y1] = own[token];
+    context.drawImage(from, x0 * across, y0 * down, (x1 - x0) * across, (y1 - y0) * down, x, y, width, height);
     const owner = kept ? (gets.has(token) ? token : null) : target;
-    if (goes === "tint" && owner !== null && state !== "gone") {
+    if (goes === "tint" && owner !== null) {
       context.globalAlpha = kept ? 0.9 : 0.45;
       const hue = `hsl(${hueOf(owner)} 75% 50%)`;
       if (kept) {
@@ -120,7 +120,7 @@ export function picture(source, image, reducer, title, options, read) {
   });
   canvas.addEventListener("blur", () => tell(null));
   draw();
-  return { canvas, draw, cursor };
+  return { canvas, draw, cursor, levels: count };
 }
 
 /** A patch in words. */
