@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,56 +35,71 @@ def document(url: str, file: Path) -> dict[str, list[str]]:
     return {path: sorted(method.upper() for method in item) for path, item in schema["paths"].items()}
 
 
+@dataclass
+class Fuzz:
+    """What came of it: rounds, cases and seconds; the exit code and the text of the last round."""
+
+    rounds: int = 0
+    cases: int = 0
+    seconds: float = 0.0
+    code: int = 0
+    text: str = ""
+
+
+def fuzz(command: list[str], seconds: int) -> Fuzz:
+    """Runs schemathesis with one seed after another until the time is over, or until it finds something."""
+    found, start = Fuzz(), time.monotonic()
+    while found.seconds < seconds and found.code == 0:
+        found.rounds += 1
+        left = max(5, round(seconds - found.seconds))
+        now = [*command, "--seed", str(found.rounds), "--max-time", str(left)]
+        done = subprocess.run(now, capture_output=True, text=True, check=False)
+        found.code, found.text = done.returncode, done.stdout + done.stderr
+        found.cases += sum(map(int, re.findall(r"(\d+) generated", done.stdout)))
+        found.seconds = time.monotonic() - start
+    return found
+
+
 def main() -> int:
-    """Runs rounds until the time is over; the exit code of the first one that failed, else 0."""
+    """Writes what came of it; the exit code of the last round."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--schemathesis", default="schemathesis", help="command that runs it")
     parser.add_argument("--seconds", type=int, default=SECONDS)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "page-fuzz.txt")
     args = parser.parse_args()
-    version = subprocess.run(
-        [args.schemathesis, "--version"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with serve(embedded.path(), [*embedded_flags(PROFILE), "--api-key", KEY], folder / "log") as server:
-            paths = document(server.url, folder / "openapi.json")
-            command = [args.schemathesis, "run", str(folder / "openapi.json"), "--url", server.url]
-            command += [
-                "--header",
-                f"Authorization: Bearer {KEY}",
-                "--checks",
-                "not_a_server_error,response_schema_conformance",
-            ]
-            command += ["--continue-on-failure", "--no-color", "--max-examples", "400"]
-            start, rounds, code, cases = time.monotonic(), 0, 0, 0
-            last = ""
-            while time.monotonic() - start < args.seconds and code == 0:
-                rounds += 1
-                done = subprocess.run([*command, "--seed", str(rounds)], capture_output=True, text=True, check=False)
-                last, code = done.stdout, done.returncode
-                cases += sum(map(int, re.findall(r"(\d+) generated", last)))
-            elapsed = time.monotonic() - start
-            alive = json.loads(urllib.request.urlopen(request(server.url), timeout=30).read())["status"]
-            server_log = (folder / "log").read_text(errors="replace")
+    version = subprocess.check_output([args.schemathesis, "--version"], text=True).strip()
+    with (
+        tempfile.TemporaryDirectory() as name,
+        serve(embedded.path(), [*embedded_flags(PROFILE), "--api-key", KEY], Path(name) / "log") as server,
+    ):
+        schema = Path(name) / "openapi.json"
+        paths = document(server.url, schema)
+        command = [args.schemathesis, "run", str(schema), "--url", server.url, "--no-color", "--continue-on-failure"]
+        command += ["--header", f"Authorization: Bearer {KEY}", "--max-examples", "400"]
+        found = fuzz([*command, "--checks", "not_a_server_error,response_schema_conformance"], args.seconds)
+        alive = status(server.url)
+        tracebacks = server.log.read_text(errors="replace").count("Traceback")
     lines = [
         f"eos-vllm {__version__}, {version}, profile {PROFILE}, with an API key",
         *(f"{' '.join(methods)} {path}" for path, methods in sorted(paths.items())),
-        f"{rounds} rounds with seeds 1 to {rounds}, {elapsed:.0f} s, {cases} cases",
-        f"answers of 5xx or off the schema: {'none' if code == 0 else 'see below'}",
-        f"the server afterwards: {alive}; tracebacks in its log: {server_log.count('Traceback')}",
+        f"{found.rounds} rounds, seeds from 1, {found.seconds:.0f} s, {found.cases} cases",
+        f"answers of 5xx or off the schema: {'none' if found.code == 0 else 'below'}",
+        f"the server afterwards: {alive}; tracebacks in its log: {tracebacks}",
         "",
         "Last round:",
-        re.sub(r"file:\S*|/\S*/openapi\.json", "openapi.json", last).strip(),
+        re.sub(r"\S*openapi\.json", "openapi.json", found.text).strip(),
     ]
-    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
-    return code
+    text = "\n".join(line.rstrip() for line in "\n".join(lines).splitlines())
+    args.out.write_text(f"{text}\n", encoding="utf-8")
+    print(text)
+    return found.code
 
 
-def request(url: str) -> urllib.request.Request:
-    """For the server's status."""
-    return urllib.request.Request(f"{url}/eos/status", headers={"Authorization": f"Bearer {KEY}"})
+def status(url: str) -> str:
+    """Whether the reduction is still in place."""
+    asked = urllib.request.Request(f"{url}/eos/status", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        return str(json.loads(answer.read())["status"])
 
 
 if __name__ == "__main__":
