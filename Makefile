@@ -1,6 +1,8 @@
 # make setup | test | lint | demo | docs | clean
 # make up | down | drill | deploy-check | deploy-rules
-# make embedded-model | accuracy | several-questions | equal-cost | search | ablations | bench | loadtest | elastic-sweep | bench-smoke | soak | choices
+# make page | page-screenshots | page-fuzz
+# make embedded-model | accuracy | several-questions | equal-cost | choices | search | ablations | bench | loadtest | elastic-sweep
+# make bench-smoke | soak
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
@@ -17,13 +19,14 @@ READY := $(VENV)/.ready
 # mypy takes packages from the path, and search/ is imported as eos_search: this link tells it so.
 MYPY_LINKS := .cache/mypy
 # Two processes: tests that start engines in one, all others in the other.
-ENGINES := tests/parity tests/serving
+ENGINES := tests/parity tests/serving tests/page
 OTHERS := $(filter-out $(ENGINES) tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/)))) $(wildcard tests/test_*.py)
 
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: test-engines test-others up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest elastic-sweep bench-smoke soak docs clean choices
+.PHONY: setup test test-engines test-others lint demo docs clean up down drill deploy-check deploy-rules page page-screenshots page-fuzz
+.PHONY: embedded-model accuracy several-questions equal-cost choices search ablations bench loadtest elastic-sweep bench-smoke soak
 
 setup: $(READY)
 
@@ -53,6 +56,22 @@ lint: setup
 
 demo: setup
 	$(BIN)/eos-vllm demo
+	@echo "To see which patches are kept, in a browser: make page"
+
+# The embedded model with its page, until Ctrl-C; another port: make page PAGE_PORT=8700.
+PAGE_PORT ?= 8600
+page: setup
+	$(BIN)/eos-vllm page --port $(PAGE_PORT)
+
+# Pictures of the page in docs/page; Debian's Chromium (apt-get install chromium).
+page-screenshots: setup
+	PYTHONPATH=tests $(BIN)/python tests/page/screenshots.py
+
+# Five minutes of schemathesis against the page's paths, from an environment of its own: its dependencies are not ours.
+FUZZ := .cache/schemathesis
+page-fuzz: setup
+	@test -x $(FUZZ)/bin/schemathesis || { $(PYTHON) -m venv $(FUZZ) && $(FUZZ)/bin/pip install --quiet 'schemathesis>=4,<5'; }
+	PYTHONPATH=tests $(BIN)/python tests/page/fuzz.py --schemathesis $(FUZZ)/bin/schemathesis
 
 # Trains the embedded model from nothing (80 minutes on two busy cores; less with a GPU), marks it, writes its card, and
 # only then takes it into the package. What was stopped goes on from its checkpoint in .cache/embedded-model.

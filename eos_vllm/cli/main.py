@@ -18,6 +18,7 @@ COMMANDS = {
     "tiny-model": ("shape_model", "write a small LLaVA with random weights that runs without a GPU"),
     "cluttervqa": ("cluttervqa", "write images and questions of the embedded model's benchmark as PNG and JSONL"),
     "demo": ("demo", "serve a small model with and without a profile, and compare"),
+    "page": ("page", "open the page in front of a server, or serve the embedded model with it"),
 }
 PROGRAM = Program("eos-vllm", "Searched, in-decoder visual token reduction, served by vLLM.", "eos_vllm.cli", COMMANDS)
 build_parser, main = PROGRAM.build_parser, PROGRAM.main

@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 
 from eos_vllm.core.plan import Planner
 from eos_vllm.page.plan_routes import router as plan_router
+from eos_vllm.page.routes import add_page
 from eos_vllm.serving import request_checks
 from eos_vllm.serving.metrics import set_lost, set_reduction_seconds
 from eos_vllm.serving.options import KEY, planner_of
@@ -130,6 +131,7 @@ class EosEndpoints:
         app.include_router(router)
         if self.page:
             app.include_router(plan_router)
+            add_page(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Makes the guard, which vLLM has for paths of its own only, of the server's keys; and starts to watch."""
