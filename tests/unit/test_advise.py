@@ -198,7 +198,9 @@ def test_counts_are_served_as_they_were_measured(profile: str, flag: bool, capsy
     option = catalogue().advise(wish(accuracy_floor=0.8, profiles=(profile,))).choice
     assert option is not None
     assert option.rounds is flag
-    assert (f"--eos-retain {option.budget} --eos-exact-counts" in shown) is flag
+    served = f"--eos-profile {option.shipped} --eos-retain {option.budget}"
+    assert (f"{served} --eos-exact-counts" in shown) is (flag and option.shipped is not None)
+    assert (served in shown) is (option.shipped is not None)
 
 
 def test_one_profile_at_a_time() -> None:
