@@ -23,6 +23,7 @@ from eos_vllm.serving import request_checks
 from eos_vllm.serving.metrics import set_lost
 from eos_vllm.serving.options import KEY, planner_of
 from eos_vllm.serving.status import FrontEndStatus, Status, build_status
+from eos_vllm.serving.trace_endpoint import router as trace_router
 
 # A probe within this time of the last one is answered with what that one found.
 FRESH_SECONDS = 1.0
@@ -118,9 +119,14 @@ class EosEndpoints:
     name = "eos"
     required_tasks = ("generate",)
 
+    def __init__(self, page: bool = False) -> None:
+        self.page = page
+
     def attach_router(self, app: FastAPI) -> None:
-        """Adds the route."""
+        """Adds the routes; those of the page where it is on."""
         app.include_router(router)
+        if self.page:
+            app.include_router(trace_router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Makes the guard, which vLLM has for paths of its own only, of the server's keys; and starts to watch."""
@@ -129,17 +135,21 @@ class EosEndpoints:
             raise RuntimeError("eos: endpoints were asked for in a server without a profile")
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         state.eos_guard = AuthenticationMiddleware(state, keys) if keys else None  # type: ignore[arg-type]
+        state.eos_client = engine_client
         state.eos_watch = Watch(engine_client, planner, args.api_server_count or 1)
         state.eos_watching = asyncio.create_task(state.eos_watch.keep_on(), name="eos watch")
 
 
-def install_endpoints() -> None:
+def install_endpoints(page: bool = False) -> None:
     """Adds :class:`EosEndpoints` to the plugins that vLLM attaches to its app; called where a profile is active.
+
+    ``page`` says whether the page, and with it traces, are on.
 
     Symptom without it: no status, unless ``VLLM_PLUGINS`` is set. Cause and why not an entry point: see the module's
     text. Why safe: what vLLM found comes first, and vLLM attaches ours as it does those. Can go when vLLM lets a
     general plugin add routes.
     """
+    plugins.eos_page = page  # type: ignore[attr-defined]
     if getattr(plugins, "eos_installed", False):
         return
     plugins.eos_installed = True  # type: ignore[attr-defined]
@@ -148,6 +158,6 @@ def install_endpoints() -> None:
     @functools.wraps(load)
     def with_ours(supported_tasks: Any = None) -> list[Any]:
         serves = supported_tasks is not None and set(EosEndpoints.required_tasks) & set(supported_tasks)
-        return [*load(supported_tasks), *([EosEndpoints()] if serves else [])]
+        return [*load(supported_tasks), *([EosEndpoints(plugins.eos_page)] if serves else [])]  # type: ignore[attr-defined]
 
     plugins.load_endpoint_plugins = with_ours

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.serving.hosts import TAKE_VIDEOS, host_of, model_classes
-from eos_vllm.serving.options import KEY, hand_to_processors, planner_of, resolve_options
+from eos_vllm.serving.options import KEY, hand_to_processors, has_page, planner_of, resolve_options
 
 WORKER_EXTENSION = "eos_vllm.serving.worker.EosWorkerExtension"
 _SCHEDULERS = {
@@ -387,7 +387,7 @@ def _install(vllm_config: Any) -> None:
     install_request_checks()
     install_stat_logger()
     install_admission()
-    install_endpoints()
+    install_endpoints(has_page(vllm_config))
 
 
 def _check_selection(vllm_config: Any) -> None:
