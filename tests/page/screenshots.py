@@ -27,7 +27,7 @@ PHONE = {"width": 390, "height": 844}
 COLOURS = 256
 MOST_BYTES = 250_000
 SAMPLE = 3
-BUDGETS = (576, 400, 330)
+BUDGETS = (576, 192, 32)
 
 
 class Load:
@@ -75,11 +75,11 @@ def opened(browser: Any, url: str, view: str, **settings: Any) -> Any:
     return page
 
 
-def taken(page: Any, name: str, folder: Path) -> None:
-    """Writes one picture: palette PNG."""
+def taken(page: Any, name: str, folder: Path, whole: bool = True) -> None:
+    """Writes one picture, of the whole page or of what the screen shows: palette PNG."""
     page.mouse.move(0, 0)
     raw = folder / f"{name}.raw.png"
-    page.screenshot(path=raw, full_page=True)
+    page.screenshot(path=raw, full_page=whole)
     with Image.open(raw) as picture:
         small = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
     small.save(folder / f"{name}.png", optimize=True)
@@ -100,14 +100,11 @@ def all_views(server: Server, folder: Path) -> None:
     with start_browser(chromium()) as browser:
         page = opened(browser, server.url, "ask")
         sampled(page)
-        slide(page, 400)
         ask_here(page)
         taken(page, "ask", folder)
 
         page = opened(browser, server.url, "look")
         sampled(page)
-        slide(page, 330)
-        page.locator("#goes").select_option("tint")
         page.locator("#second").fill(make_sample("test", SAMPLE).questions[1].text)
         look_at(page)
         page.locator("[data-question='2'] canvas").first.wait_for()
@@ -125,11 +122,12 @@ def all_views(server: Server, folder: Path) -> None:
         page = opened(browser, server.url, "ask", viewport=PHONE, device_scale_factor=1)
         sampled(page)
         ask_here(page)
-        taken(page, "ask-phone", folder)
+        page.locator("#ask").evaluate("element => element.scrollIntoView()")
+        taken(page, "ask-phone", folder, whole=False)
 
         page = opened(browser, server.url, "look", color_scheme="dark")
         sampled(page)
-        slide(page, 330)
+        slide(page, 192)
         page.locator("#goes").select_option("lines")
         look_at(page)
         taken(page, "look-dark", folder)
