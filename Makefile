@@ -1,6 +1,6 @@
 # make setup | test | lint | demo | docs | clean
 # make up | down | drill | deploy-check | deploy-rules
-# make page | page-screenshots | page-fuzz
+# make page | test-page | page-screenshots | page-fuzz
 # make embedded-model | accuracy | several-questions | equal-cost | choices | search | ablations | bench | loadtest | bench-smoke | soak
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
@@ -18,13 +18,15 @@ READY := $(VENV)/.ready
 # mypy takes packages from the path, and search/ is imported as eos_search: this link tells it so.
 MYPY_LINKS := .cache/mypy
 # Two processes: tests that start engines in one, all others in the other.
-ENGINES := tests/parity tests/serving tests/page
-OTHERS := $(filter-out $(ENGINES) tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/)))) $(wildcard tests/test_*.py)
+ENGINES := tests/parity tests/serving
+# Of the page what needs no server; the rest is `make test-page`.
+PAGE := tests/page/test_page_files.py
+OTHERS := $(PAGE) $(filter-out $(ENGINES) tests/page tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/)))) $(wildcard tests/test_*.py)
 
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: page page-screenshots page-fuzz test-engines test-others up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost choices search ablations bench loadtest bench-smoke soak docs clean
+.PHONY: test-page page page-screenshots page-fuzz test-engines test-others up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost choices search ablations bench loadtest bench-smoke soak docs clean
 
 setup: $(READY)
 
@@ -45,6 +47,10 @@ test-engines:
 
 test-others:
 	$(BIN)/python -m pytest $(OTHERS)
+
+# The page in a browser, before a server of its own (a minute and a half).
+test-page: setup
+	$(BIN)/python -m pytest tests/page
 
 lint: setup
 	$(BIN)/ruff check .

@@ -148,7 +148,7 @@ function tell(detail, point) {
 /** When, with which revision and on what a point was measured. */
 function origin(point) {
   const raw = data.origin?.find((one) => one.file === point.source);
-  return raw === undefined ? "" : `: ${raw.about} (${raw.created.slice(0, 10)}, revision ${raw.git.slice(0, 9)}, ${raw.machine})`;
+  return raw === undefined ? "" : `: ${raw.about}. ${raw.created.slice(0, 10)}, revision ${raw.git.slice(0, 9)}, ${raw.machine}`;
 }
 
 function table() {
