@@ -193,9 +193,9 @@ def test_a_choice_can_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[st
 )
 def test_counts_are_served_as_they_were_measured(profile: str, flag: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """Reducers inside the decoder are rounded to blocks unless told otherwise; one before it alone never is."""
-    asked = ["--kv-gib", "1", "--concurrency", "64", "--accuracy-floor", "0.8", "--profile", profile]
+    asked = ["--kv-gib", "1", "--concurrency", "64", "--accuracy-floor", "0.82", "--profile", profile]
     shown = output(capsys, "advise", *asked)
-    option = catalogue().advise(wish(accuracy_floor=0.8, profiles=(profile,))).choice
+    option = catalogue().advise(wish(accuracy_floor=0.82, profiles=(profile,))).choice
     assert option is not None
     assert option.rounds is flag
     assert (f"--eos-retain {option.budget} --eos-exact-counts" in shown) is flag
