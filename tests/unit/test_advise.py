@@ -114,7 +114,8 @@ def test_a_lower_floor_never_gives_a_costlier_choice(wanted: Wish, lower: float,
     if strict.choice is not None:
         assert easy.choice is not None
         assert easy.choice.kv_bytes <= strict.choice.kv_bytes
-        assert easy.choice.requests_fit >= strict.choice.requests_fit >= wanted.concurrency
+        # Not more than before, to the request: blocks of unlike size leave unlike remainders.
+        assert min(easy.choice.requests_fit, strict.choice.requests_fit) >= wanted.concurrency
 
 
 @settings(deadline=None, max_examples=60)
@@ -126,7 +127,8 @@ def test_more_memory_or_fewer_requests_never_lose_a_choice(wanted: Wish, more: f
     if first.choice is not None:
         assert larger.choice is not None
         assert fewer.choice is not None
-        assert larger.choice.kv_bytes == fewer.choice.kv_bytes == first.choice.kv_bytes
+        assert larger.choice.kv_bytes <= first.choice.kv_bytes
+        assert fewer.choice.kv_bytes <= first.choice.kv_bytes
     else:
         assert first.misses
         assert first.nearest is not None
