@@ -9,102 +9,15 @@ there: that, and any speed, is told as it was measured, with where, and never ca
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from pydantic import BaseModel, Field
-
-from eos_vllm.analysis.choices import Choices, Interval, Point, Range
+from eos_vllm.analysis.advice import GIB, Advice, By, Option, Speed, Wish, end_of
+from eos_vllm.analysis.choices import Choices, Point
 from eos_vllm.analysis.comparison import compare, held_reduced, held_stock
 from eos_vllm.analysis.cost import Geometry, PromptCost
 from eos_vllm.analysis.scaling import scale_to_model
 from eos_vllm.core.errors import BudgetError, ProfileError, SettingError
 from eos_vllm.core.plan import Planner
 from eos_vllm.core.profile import Profile, check_fits
-
-GIB = 1 << 30
-# What a request may ask for: enough for any machine, and too little to keep one busy.
-MOST_TOKENS, MOST_IMAGES, MOST_CONCURRENCY, MOST_KV_GIB = 1 << 20, 64, 1 << 20, 1 << 20
-By = Literal["low", "mean"]
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What is wanted; ``accuracy_floor`` is a share of all tokens' accuracy, KV memory of all ranks together.
-
-    Raises:
-        SettingError: a value out of range.
-    """
-
-    kv_gib: float
-    concurrency: int
-    accuracy_floor: float
-    text_tokens: int = 88
-    output_tokens: int = 0
-    images: int = 1
-    by: By = "low"
-    profiles: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 < self.kv_gib <= MOST_KV_GIB:
-            raise SettingError("kv-gib", self.kv_gib, "there is no such KV cache", f"give GiB up to {MOST_KV_GIB}")
-        if not 0 < self.accuracy_floor <= 1:
-            problem = "a floor is a share of all tokens' accuracy"
-            raise SettingError("accuracy-floor", self.accuracy_floor, problem, "give a number such as 0.95, at most 1")
-        for field, value, least, most in (
-            ("concurrency", self.concurrency, 1, MOST_CONCURRENCY),
-            ("prompt", self.text_tokens, 0, MOST_TOKENS),
-            ("output", self.output_tokens, 0, MOST_TOKENS),
-            ("images", self.images, 1, MOST_IMAGES),
-        ):
-            if not least <= value <= most:
-                raise SettingError(field, value, "this is out of range", f"give {least} to {most}")
-
-
-class Speed(BaseModel):
-    """Requests per second as they were measured, on the measured model: no forecast for another one."""
-
-    stock_ratio: float
-    stock_ratio_range: tuple[float, float] = Field(description="slowest over fastest round, and the other way round")
-    requests_per_second: Range
-    measured: str = Field(description="of what, how, in which file")
-    revisions: dict[str, str] = Field(description="of which parts of that file were measured with which revision")
-
-
-class Option(BaseModel):
-    """A measured profile and budget, planned for the model that is asked about."""
-
-    profile: str
-    shipped: str | None = Field(description="shipped profile that is this very one")
-    budget: int
-    measure: str
-    scaled: bool = Field(description="whether the profile was scaled to another depth than it was measured at")
-    counts: list[int] = Field(description="visual tokens left after each reducer, exact")
-    layer_average: float
-    kv_bytes: int = Field(description="KV that one request holds, prompt and answer in whole blocks")
-    prefill_flops: int
-    requests_fit: int
-    stock_requests_fit: int
-    relative: Interval = Field(description="accuracy over all tokens' on the same questions")
-    accuracy: Interval
-    speed: Speed | None = Field(description="null: not measured")
-    model: str = Field(description="the model that accuracy was measured on")
-    source: str = Field(description="file of the raw result")
-    about: str = Field(description="what it rests on")
-
-
-class Advice(BaseModel):
-    """A choice, or what misses and the nearest."""
-
-    choice: Option | None
-    nearest: Option | None = Field(description="where there is no choice: what comes closest")
-    misses: list[str] = Field(description="why there is no choice")
-    warnings: list[str]
-    accuracy_floor: float
-    by: By = Field(description="end of the interval that has to reach the floor")
-    stock_requests_fit: int
-    stock_kv_bytes: int
-    considered: int = Field(description="points that could be planned")
-    left_out: list[str] = Field(description="points that could not, and why")
 
 
 @dataclass(frozen=True)
@@ -216,7 +129,7 @@ class Catalogue:
             nearest = max(fitting or ranked, key=lambda item: _share(item[0].point, wish.by))
             best = max(_share(item[0].point, wish.by) for item in ranked)
             misses.append(
-                f"accuracy: no profile and budget keeps {wish.accuracy_floor:.4g} of all tokens' ({_END[wish.by]}); "
+                f"accuracy: no profile and budget keeps {wish.accuracy_floor:.4g} of all tokens' ({end_of(wish.by)}); "
                 f"the most is {best:.4g}"
             )
             if not fitting:
@@ -265,6 +178,7 @@ class Catalogue:
             budget=planned.budget,
             measure=point.measure,
             scaled=planned.profile.name in self.scaled,
+            rounds=bool(planned.profile.inside),
             counts=list(plan.counts),
             layer_average=plan.layer_average,
             kv_bytes=costs[0],
@@ -293,9 +207,6 @@ class Catalogue:
         return found
 
 
-_END = {"low": "by the lower end of the 95 % interval", "mean": "by the mean"}
-
-
 def _share(point: Point, by: By) -> float:
     return point.relative.low if by == "low" else point.relative.mean
 
@@ -303,8 +214,3 @@ def _share(point: Point, by: By) -> float:
 def requests_fit(kv_gib: float, request: PromptCost) -> int:
     """Requests that a KV cache holds at once; one block of it is vLLM's own null block."""
     return max(0, (int(kv_gib * GIB) // request.block_bytes - 1) // request.blocks)
-
-
-def end_of(by: By) -> str:
-    """Which end of an interval decides, in words."""
-    return _END[by]

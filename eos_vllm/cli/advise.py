@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import get_args
 
-from eos_vllm.analysis.advise import Advice, By, Catalogue, Option, Wish, end_of
+from eos_vllm.analysis.advice import Advice, By, Option, Wish, end_of
+from eos_vllm.analysis.advise import Catalogue
 from eos_vllm.analysis.choices import choices
 from eos_vllm.analysis.cost import DTYPE_BYTES
 from eos_vllm.core.errors import SettingError
@@ -151,5 +152,5 @@ def _serving(option: Option, args: argparse.Namespace, saved: bool) -> list[str]
         profile = args.save
     else:
         return ["serve      no shipped profile is this one: write it with --save FILE"]
-    exact = " --eos-exact-counts" if len(option.counts) > 1 or option.measure == "final" else ""
+    exact = " --eos-exact-counts" if option.rounds else ""
     return [f"serve      vllm serve MODEL --eos-profile {profile} --eos-retain {option.budget}{exact}"]

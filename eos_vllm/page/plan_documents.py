@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
-from eos_vllm.analysis.advise import MOST_CONCURRENCY, MOST_IMAGES, MOST_TOKENS, Advice, By
+from eos_vllm.analysis.advice import MOST_CONCURRENCY, MOST_IMAGES, MOST_TOKENS, Advice, By
 from eos_vllm.analysis.choices import Point
 
 MOST_BUDGETS = 8
@@ -82,6 +82,9 @@ class ServedPoint(Point):
     """A measured point, and whether this server can be asked for it."""
 
     served_here: bool = Field(description="the server's profile does the same, and `budget` means the same to it")
+    counts_here: list[int] | None = Field(
+        description="what this server keeps at that budget, rounded to KV blocks as it serves; null where not served"
+    )
 
 
 class ChoicesAnswer(BaseModel):

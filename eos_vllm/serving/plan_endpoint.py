@@ -8,7 +8,7 @@ from eos_vllm.core.errors import SettingError
 from eos_vllm.models import embedded
 from eos_vllm.models.geometry import geometry
 from eos_vllm.models.image_sizes import image_tokens
-from eos_vllm.page.plan_routes import PlanContext
+from eos_vllm.page.plan import PlanContext
 from eos_vllm.serving.options import planner_of
 
 if TYPE_CHECKING:

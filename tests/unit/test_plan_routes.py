@@ -17,8 +17,9 @@ from eos_vllm.core.plan import Planner
 from eos_vllm.models import embedded
 from eos_vllm.models.geometry import geometry
 from eos_vllm.page import plan_routes
+from eos_vllm.page.plan import PlanContext
 from eos_vllm.page.plan_documents import MOST_BUDGETS
-from eos_vllm.page.plan_routes import MOST_BYTES, PlanContext
+from eos_vllm.page.plan_routes import MOST_BYTES
 
 SEARCHED, SHARED = "embedded-searched", "embedded-shared-image"
 SIZES = geometry(str(embedded.path()))
@@ -154,6 +155,11 @@ def test_points_that_can_be_asked_of_this_server() -> None:
     assert served(SHARED) == {(SHARED, budget) for budget in (256, 192, 128, 64, 32, 16)}
     assert served("embedded-divprune") == {("maxmin", budget) for budget in (256, 192, 128, 64, 32, 16)}
     assert served("embedded-eos") == set()
+    # What this server keeps is rounded to its blocks, what was measured is not.
+    planner = Planner(profiles.load(SEARCHED), block=16)
+    for point in client(SEARCHED).get("/eos/choices").json()["points"]:
+        here = list(planner.counts(point["budget"])) if point["served_here"] else None
+        assert point["counts_here"] == here
 
 
 def test_the_recommendation_is_that_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
