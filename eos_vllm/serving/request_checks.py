@@ -66,11 +66,11 @@ def install_request_checks() -> None:
         if planner is None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         SEEN.checked += 1
-        with counted_refusals():
-            check_params(planner, params)
-            check_trace(getattr(params, "extra_args", None), has_page(self.vllm_config))
         unsent = _unsent_of(self)
         try:
+            with counted_refusals():
+                check_params(planner, params)
+                check_trace(getattr(params, "extra_args", None), has_page(self.vllm_config))
             with budget_for_rendering(budget_of(params) if isinstance(params, SamplingParams) else None):
                 request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
             unsent.complete(request)
