@@ -103,9 +103,14 @@ async def _body(request: Request) -> bytes | None:
 
 
 async def _chunks(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """The answer as it comes; one that breaks off ends there, for its status has been sent."""
+    """The answer as it comes.
+
+    Raises:
+        httpx.HTTPError: it broke off. Its status has been sent, so that only a connection that breaks off as well tells
+            the browser that the answer is not complete.
+    """
     try:
         async for chunk in answer.aiter_bytes():
             yield chunk
-    except httpx.HTTPError:
-        return
+    finally:
+        await answer.aclose()  # a response's background task is not run where its body failed

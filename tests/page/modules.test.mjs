@@ -156,3 +156,21 @@ test("numbers have units", () => {
   assert.equal(against(1), "as stock");
   assert.equal(short(NaN), "–");
 });
+
+/** The module that talks to the server, with a server that answers with these events and then ends the stream. */
+async function chatWith(...events) {
+  globalThis.document = { baseURI: "http://page/eos/" };
+  globalThis.sessionStorage = { getItem: () => null };
+  globalThis.fetch = async () => new Response(events.map((event) => `data: ${event}\n\n`).join(""));
+  const { chat } = await import("../../eos_vllm/page/static/js/api.js");
+  return chat({ model: "m", messages: [] });
+}
+
+const piece = (content, finish_reason = null) => JSON.stringify({ id: "a", choices: [{ delta: { content }, finish_reason }] });
+
+test("an answer is complete only where its end has a reason", async () => {
+  const whole = await chatWith(piece("a red"), piece(" dog", "stop"), "[DONE]");
+  assert.deepEqual([whole.text, whole.finish], ["a red dog", "stop"]);
+  await assert.rejects(chatWith(piece("a red")), { status: 0, message: "the answer broke off before its end" });
+  await assert.rejects(chatWith(), { status: 0, message: "the answer broke off before its end" });
+});

@@ -132,6 +132,8 @@ export async function chat(request, onText) {
     reached(false);
     throw new ApiError(0, "the server left in the middle of the answer");
   }
+  // A proxy may end a broken stream as if it were complete: only the reason of the end says that it is.
+  if (out.finish === null) throw new ApiError(0, "the answer broke off before its end");
   const since = out.first === null ? 0 : last - start - out.first;
   // Tokens that came in one piece of the network have no time between them.
   if (out.tokens > 1 && since >= 1) out.perToken = since / (out.tokens - 1);
