@@ -157,12 +157,20 @@ test("numbers have units", () => {
   assert.equal(short(NaN), "–");
 });
 
-/** The module that talks to the server, with a server that answers with these events and then ends the stream. */
-async function chatWith(...events) {
+/** The module that talks to the server, and a server that always answers so. */
+async function apiBefore(body, status = 200) {
   globalThis.document = { baseURI: "http://page/eos/" };
   globalThis.sessionStorage = { getItem: () => null };
-  globalThis.fetch = async () => new Response(events.map((event) => `data: ${event}\n\n`).join(""));
-  const { chat } = await import("../../eos_vllm/page/static/js/api.js");
+  globalThis.fetch = async () => {
+    if (status === 0) throw new TypeError("refused");
+    return new Response(body, { status });
+  };
+  return import("../../eos_vllm/page/static/js/api.js");
+}
+
+/** An answer of these events, behind which the stream ends. */
+async function chatWith(...events) {
+  const { chat } = await apiBefore(events.map((event) => `data: ${event}\n\n`).join(""));
   return chat({ model: "m", messages: [] });
 }
 
@@ -173,4 +181,11 @@ test("an answer is complete only where its end has a reason", async () => {
   assert.deepEqual([whole.text, whole.finish], ["a red dog", "stop"]);
   await assert.rejects(chatWith(piece("a red")), { status: 0, message: "the answer broke off before its end" });
   await assert.rejects(chatWith(), { status: 0, message: "the answer broke off before its end" });
+});
+
+test("only another server's 404 means that there are no traces", async () => {
+  const asked = async (status, body) => (await apiBefore(body, status)).hasTraces();
+  assert.equal(await asked(404, '{"error": "no trace is held under this id; ask with vllm_xargs: {eos_trace: true}"}'), true);
+  assert.equal(await asked(404, '{"detail": "Not Found"}'), false);
+  for (const status of [0, 401, 500, 502, 503]) assert.equal(await asked(status, "{}"), null, String(status));
 });

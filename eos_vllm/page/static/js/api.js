@@ -153,3 +153,15 @@ export async function trace(id) {
     }
   }
 }
+
+/** Whether the server keeps traces; null where a moment's failure says neither. */
+export async function hasTraces() {
+  try {
+    await ask("eos/trace/none");
+    return true;
+  } catch (error) {
+    // An unknown trace is told by a text of our own, an unknown path by that of whatever server it is.
+    if (error.status === 404) return error.message.includes("eos_trace");
+    return error.status === 405 ? false : null;
+  }
+}

@@ -2,7 +2,7 @@
 
 import { json } from "./api.js";
 import { $, el, figure, replace } from "./dom.js";
-import { count, percent, short } from "./format.js";
+import { count, MEASURES, percent, short } from "./format.js";
 import { setBudget } from "./prompt.js";
 import { COSTS, frontier, scatter } from "./scatter.js";
 import { found, state } from "./store.js";
@@ -31,13 +31,6 @@ export async function openChoose() {
   }
   loading = false;
 }
-
-const MEASURES = {
-  final: "tokens left in the end",
-  layer_average: "tokens per layer on average",
-  kv_bytes: "tokens by KV memory",
-  flops: "tokens by prefill work",
-};
 
 const served = () => data.points.filter((point) => point.served_here);
 // A budget is measured in several ways, and the same one may have been measured twice.
@@ -71,7 +64,7 @@ function draw() {
     plot.querySelector(".chosen")?.focus();
   };
   function paint() {
-    replace(plot, scatter(data.points, { cost, lit, chosen, idOf, choose, baseline: baselineOf(data), narrow: phone.matches }));
+    replace(plot, scatter(data.points, { cost, lit, chosen, idOf, choose, baseline: data.baselines[0]?.accuracy ?? null, narrow: phone.matches }));
   }
   paint();
   tell(detail, data.points.find((point) => idOf(point) === chosen) ?? null);
@@ -86,12 +79,6 @@ function draw() {
     ),
     table(),
   );
-}
-
-/** Accuracy of all tokens, {mean, low, high}, or null. */
-function baselineOf({ baselines, baseline }) {
-  const first = baseline ?? baselines?.[0];
-  return first?.accuracy ?? first ?? null;
 }
 
 function keys() {
@@ -128,7 +115,7 @@ function tell(detail, point) {
     el(
       "dl",
       { class: "figures" },
-      figure("Budget", `${point.budget}${MEASURES[point.measure] ? `, ${MEASURES[point.measure]}` : ""}`),
+      figure("Budget", `${point.budget}${MEASURES[point.measure] ? `, ${MEASURES[point.measure].words}` : ""}`),
       figure("Right answers", `${percent(accuracy.mean, 1)} (${(100 * accuracy.low).toFixed(1)} to ${percent(accuracy.high, 1)})`),
       figure("without counting", point.without_counting === null || point.without_counting === undefined ? "–" : percent(point.without_counting, 1)),
       figure("Questions", count(accuracy.questions)),
@@ -146,7 +133,7 @@ function tell(detail, point) {
         ? el("a", { href: "#ask" }, `The slider is at ${point.budget} now: ask`)
         : el("span", { class: "note" }, "Another profile than this server's: start one with it to ask."),
     ),
-    roundedOther(point) && el("p", { class: "note" }, "It was measured at its exact counts; this server rounds to whole KV blocks and keeps more."),
+    roundedOther(point) && el("p", { class: "note" }, "It was measured at its exact counts; this server rounds to whole KV blocks and keeps other counts (above); its accuracy there was not measured."),
     el("p", { class: "note" }, "Rests on ", el("code", {}, point.source), `${origin(point)}. 95 % interval by bootstrap over images.`),
   );
 }

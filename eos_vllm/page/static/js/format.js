@@ -1,5 +1,13 @@
 // Numbers with their units, as a reader wants them. Pure functions.
 
+/** What a budget counts, by the profile's measure: in a few words, and as a sentence. */
+export const MEASURES = {
+  final: { words: "tokens left in the end", sentence: "Visual tokens that are left after the last reducer." },
+  layer_average: { words: "tokens per layer on average", sentence: "Visual tokens that a layer holds on average." },
+  kv_bytes: { words: "tokens by KV memory", sentence: "As much KV memory as if every layer held so many visual tokens." },
+  flops: { words: "tokens by prefill work", sentence: "As much prefill work as if every layer carried so many visual tokens." },
+};
+
 const WHOLE = new Intl.NumberFormat("en");
 
 /** A whole number with separators: 12,345. */

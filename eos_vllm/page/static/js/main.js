@@ -1,6 +1,6 @@
 // Start: views by the address' hash, theme, API key, and whether the server is there.
 
-import { ApiError, ask, isReachable, json, key, server } from "./api.js";
+import { ApiError, hasTraces, isReachable, json, key, server } from "./api.js";
 import { startAsk } from "./ask.js";
 import { openChoose } from "./choose.js";
 import { $, el, replace, say, show } from "./dom.js";
@@ -136,19 +136,11 @@ function lost(error) {
 }
 
 async function learn(status) {
-  found("trace", await hasTraces());
+  const traces = await hasTraces();
+  if (traces === null) learnt = false; // at the next look again
+  else found("trace", traces);
   await learnRange(status);
   if (state.image === null) await takeSample(0);
-}
-
-/** An unknown trace is told by a text of our own, an unknown path by that of whatever server it is. */
-async function hasTraces() {
-  try {
-    await ask("eos/trace/none");
-    return true;
-  } catch (error) {
-    return error.status === 404 && error.message.includes("eos_trace");
-  }
 }
 
 function describe(model, status) {

@@ -48,8 +48,8 @@ export async function plansOf(budgets, signal = null) {
 export async function lowest(low, high, named) {
   const can = async (value) => {
     try {
-      const answer = await plansOf([named(value)]);
-      return answer === null || refusalOf(answer.plans?.[0]) === null;
+      await plansOf([named(value)]);
+      return true;
     } catch (error) {
       if (error instanceof ApiError && error.status === 400) return false;
       throw error;
@@ -65,9 +65,6 @@ export async function lowest(low, high, named) {
   }
   return yes;
 }
-
-/** Why a plan is none, or null. */
-export const refusalOf = (plan) => (plan === undefined || plan === null ? "no plan" : plan.refused ?? plan.error ?? null);
 
 /** Draws a plan against stock's. */
 export function drawPlan(element, answer) {

@@ -2,8 +2,9 @@
 
 import { ApiError, json } from "./api.js";
 import { $, el, replace, say, settled, show } from "./dom.js";
+import { MEASURES } from "./format.js";
 import { read } from "./image.js";
-import { budgetName, drawPlan, lowest, plansOf, refusalOf } from "./plan.js";
+import { budgetName, drawPlan, lowest, plansOf } from "./plan.js";
 import { found, on, set, state } from "./store.js";
 
 let nextSample = 0;
@@ -126,20 +127,13 @@ function drawBudget() {
   }
   $("budget").setAttribute("aria-valuetext", budgetName(state.budget ?? high));
   $("budget-unit").textContent = state.shares ? "% of the tokens" : "tokens";
-  const measure = MEASURES[state.status?.profile?.measure];
+  const measure = MEASURES[state.status?.profile?.measure]?.sentence;
   const own = state.status?.budget?.retain;
   $("budget-note").textContent =
     (measure ? `${measure} ` : "") +
     (state.lowest > 1 ? `Less than ${state.shares ? `${state.lowest} %` : state.lowest} this profile can't reach. ` : "") +
     (own !== undefined ? `The server's own: ${own}.` : "");
 }
-
-const MEASURES = {
-  final: "Visual tokens that are left after the last reducer.",
-  layer_average: "Visual tokens that a layer holds on average.",
-  kv_bytes: "As much KV memory as if every layer held so many visual tokens.",
-  flops: "As much prefill work as if every layer carried so many visual tokens.",
-};
 
 async function updatePlan() {
   if (state.budget === null) return;
@@ -152,8 +146,6 @@ async function updatePlan() {
     const answer = await plansOf([state.budget], signal);
     if (answer === null) {
       replace(element, el("p", { class: "note" }, "This server makes no plans (it has no /eos/plan)."));
-    } else if (refusalOf(answer.plans[0]) !== null) {
-      replace(element, el("p", { class: "error" }, refusalOf(answer.plans[0])));
     } else {
       set({ plan: answer, ...(state.shares || answer.visual_tokens === undefined ? {} : { total: answer.visual_tokens }) });
       drawPlan(element, answer);
