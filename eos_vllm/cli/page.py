@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from eos_vllm.cli.server_process import ServerError, serve
+from eos_vllm.cli.server_process import ServerError, check_free, log_tail, serve, url_of
 from eos_vllm.core.errors import EosError
 
 PROFILE = "embedded-searched"
@@ -34,8 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs until it is interrupted; 0 then, 1 where the embedded model could not be served.
 
     Raises:
-        EosError: no server framework is installed, or the address is none.
+        EosError: no server framework is installed, an address is none, or somebody listens on the port.
     """
+    check_free(args.host, args.port)
     return run_embedded(args) if args.base_url is None else run_before(args)
 
 
@@ -70,21 +71,22 @@ def run_embedded(args: argparse.Namespace) -> int:
     profiles.load(args.profile)
     # As Ctrl-C: a server of its own process group would be left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    flags = [*embedded_flags(args.profile), "--host", args.host]
     with tempfile.TemporaryDirectory(prefix="eos-page-") as folder:
         log = Path(folder) / "server.log"
         print(f"starting the embedded model with {args.profile}; its log: {log}", flush=True)
         try:
-            with serve(embedded.path(), flags, log, {"VLLM_LOGGING_LEVEL": "INFO"}, args.port) as server:
+            level, flags = {"VLLM_LOGGING_LEVEL": "INFO"}, embedded_flags(args.profile)
+            with serve(embedded.path(), flags, log, level, args.port, args.host) as server:
                 print(f"\nthe page: {address(args.host, args.port)}    (Ctrl-C ends it)", flush=True)
                 server.process.wait()
+            # The log goes with its folder.
+            print(f"eos-vllm page: the server ended by itself:\n{log_tail(log)}", flush=True)
         except ServerError as error:
             print(f"eos-vllm page: {error}", flush=True)
             return 1
         except KeyboardInterrupt:
             print("ended", flush=True)
             return 0
-    print("eos-vllm page: the server ended by itself", flush=True)
     return 1
 
 
@@ -97,5 +99,4 @@ def embedded_flags(profile: str) -> list[str]:
 
 def address(host: str, port: int) -> str:
     """Where a browser finds the page."""
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-    return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/eos/"
+    return f"{url_of(host, port)}/eos/"

@@ -1,5 +1,6 @@
 """A ``vllm serve`` of one's own: start it, wait until it is healthy, end it. Used by demo, tests and benchmarks."""
 
+import errno
 import os
 import shutil
 import signal
@@ -14,6 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from eos_vllm.core.errors import SettingError
+
+LOOPBACK = "127.0.0.1"
 START_SECONDS = 300
 STOP_SECONDS = 60
 
@@ -56,6 +60,36 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def url_of(host: str, port: int) -> str:
+    """Where a server that listens on an interface can be reached; all of them means the loopback one."""
+    shown = {"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)
+    return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+
+
+def check_free(host: str, port: int) -> None:
+    """Whether a server can listen here, before anything is started for it.
+
+    Raises:
+        SettingError: another process listens there, or the interface or the port is none of this machine's.
+    """
+    if not 0 < port < 1 << 16:
+        raise SettingError("port", port, "it is no port", "give 1 to 65535")
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that ended a moment ago are no server
+            s.bind(place)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise SettingError(
+                "port", port, f"cannot be listened on ({error.strerror})", "give another --port"
+            ) from None
+        problem = f"cannot be listened on ({error.strerror})"
+        raise SettingError("host", host, problem, "give an address of this machine, such as 127.0.0.1") from None
+
+
 @contextmanager
 def serve(
     model: str | Path,
@@ -63,8 +97,9 @@ def serve(
     log: Path,
     environment: dict[str, str] | None = None,
     port: int | None = None,
+    host: str = LOOPBACK,
 ) -> Iterator[Server]:
-    """Runs ``vllm serve model arguments`` on a loopback port for the length of a ``with`` block.
+    """Runs ``vllm serve model arguments`` for the length of a ``with`` block.
 
     Args:
         model: model directory or name.
@@ -72,17 +107,18 @@ def serve(
         log: file that takes the server's output.
         environment: variables to set on top of this process'.
         port: to listen on; a free one where None.
+        host: interface to listen on, where it is asked for its health as well.
 
     Raises:
         ServerError: it ended while starting, or was not healthy after 300 s.
     """
     port = free_port() if port is None else port
-    command = vllm_command("serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments)
+    command = vllm_command("serve", str(model), "--host", host, "--port", str(port), *arguments)
     # Engines run in processes of their own here, whatever the caller's tests have set.
     variables = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(environment or {})}
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
-    server = Server(f"http://127.0.0.1:{port}", process, log)
+    server = Server(url_of(host, port), process, log)
     try:
         _wait_until_healthy(server)
         yield server
