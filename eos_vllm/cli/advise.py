@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -48,7 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--profile", default="all", metavar="A,B,...|all", help="profiles to choose from (default all)")
     parser.add_argument("--dtype", default="float16", choices=DTYPE_BYTES, help="of the KV cache (default float16)")
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens per KV block (default 16)")
-    parser.add_argument("--save", metavar="FILE", help="write the chosen profile, to serve it")
+    parser.add_argument("--save", metavar="FILE", help="write the profile of a choice, to serve it")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -70,12 +71,18 @@ def run(args: argparse.Namespace) -> int:
     advice = catalogue.advise(wish)
     option = advice.choice or advice.nearest
     assert option is not None  # there is one or the other
-    if args.save is not None:
+    saved = args.save is not None and advice.choice is not None
+    if saved:
         _save(catalogue.profile_of(option), args.save)
     if args.json:
         print(json.dumps({"model": args.model} | advice.model_dump(), indent=2))
     else:
         print(report(advice, wish, args, sizes))
+    if args.save is not None and not saved:
+        print(
+            f"eos-vllm advise: save={args.save!r}: there is no choice, nothing is written; ask for less",
+            file=sys.stderr,
+        )
     return 0 if advice.choice is not None else 1
 
 
@@ -116,7 +123,10 @@ def report(advice: Advice, wish: Wish, args: argparse.Namespace, sizes: ModelGeo
         f"floor      {wish.accuracy_floor:.2%} of all tokens' accuracy, {end_of(wish.by)}",
     ]
     lines += [f"misses     {text}" for text in advice.misses]
-    lines += [*described(option, "choice" if advice.choice else "nearest"), *_serving(option, args, bool(args.save))]
+    lines += [
+        *described(option, "choice" if advice.choice else "nearest"),
+        *_serving(option, args, advice.choice is not None),
+    ]
     if advice.left_out:
         lines.append(f"left out   {len(advice.left_out)} points cannot be planned for this model, the first: "
                      f"{advice.left_out[0]}")  # fmt: skip
@@ -145,11 +155,14 @@ def described(option: Option, title: str) -> list[str]:
     return [*lines, f"rests on   {option.source}: {option.about}"]
 
 
-def _serving(option: Option, args: argparse.Namespace, saved: bool) -> list[str]:
+def _serving(option: Option, args: argparse.Namespace, chosen: bool) -> list[str]:
+    saved = chosen and args.save is not None
     if option.shipped is not None and not option.scaled:
         profile = option.shipped
     elif saved:
         profile = args.save
+    elif not chosen:
+        return []
     else:
         return ["serve      no shipped profile is this one: write it with --save FILE"]
     exact = " --eos-exact-counts" if option.rounds else ""

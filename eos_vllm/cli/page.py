@@ -36,7 +36,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         EosError: no server framework is installed, an address is none, or somebody listens on the port.
     """
-    check_free(args.host, args.port)
     return run_embedded(args) if args.base_url is None else run_before(args)
 
 
@@ -54,6 +53,7 @@ def run_before(args: argparse.Namespace) -> int:
         remedy = "install the extra: pip install 'eos-vllm[serve]'"
         raise EosError("package", error.name or "fastapi", "is not installed", remedy) from error
     app = page_app(args.base_url)
+    check_free(args.host, args.port)
     print(f"the page of {args.base_url}: {address(args.host, args.port)}", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
     return 0
@@ -63,12 +63,13 @@ def run_embedded(args: argparse.Namespace) -> int:
     """The embedded model, served with a profile and the page.
 
     Raises:
-        EosError: no such profile.
+        EosError: no such profile, or somebody listens on the port.
     """
     from eos_vllm import profiles
     from eos_vllm.models import embedded
 
     profiles.load(args.profile)
+    check_free(args.host, args.port)
     # As Ctrl-C: a server of its own process group would be left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="eos-page-") as folder:

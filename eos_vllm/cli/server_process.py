@@ -75,18 +75,15 @@ def check_free(host: str, port: int) -> None:
     if not 0 < port < 1 << 16:
         raise SettingError("port", port, "it is no port", "give 1 to 65535")
     try:
-        family, kind, _, _, place = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, place = found[0]
         with socket.socket(family, kind) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that ended a moment ago are no server
             s.bind(place)
     except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise SettingError(
-                "port", port, f"cannot be listened on ({error.strerror})", "give another --port"
-            ) from None
         problem = f"cannot be listened on ({error.strerror})"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise SettingError("port", port, problem, "give another") from None
         raise SettingError("host", host, problem, "give an address of this machine, such as 127.0.0.1") from None
 
 

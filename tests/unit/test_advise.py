@@ -218,6 +218,18 @@ def test_no_choice_ends_in_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert "misses     memory" in capsys.readouterr().out
 
 
+def test_only_a_choice_is_saved(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The nearest misses what was asked for, and a file would not say so."""
+    file = tmp_path / "profile.json"
+    asked = ["--kv-gib", "0.001", "--concurrency", "64", "--accuracy-floor", "0.9"]
+    assert main(["advise", *asked, "--save", str(file)]) == 1
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
+    assert f"save={str(file)!r}: there is no choice" in line
+    assert str(file) not in shown.out
+    assert not file.exists()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
