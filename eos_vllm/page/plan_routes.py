@@ -1,7 +1,7 @@
 """``POST /eos/plan`` and ``GET /eos/choices``: what budgets cost, and what measured ones are worth.
 
-Pure: nothing here asks an engine. The app that mounts :data:`router` puts a :class:`PlanContext` into
-``app.state.eos_plan`` and, where it has API keys, a guard into ``app.state.eos_guard``, as ``GET /eos/status`` has it.
+Pure: nothing here asks an engine. The app that mounts :data:`router`, behind its API key
+(:func:`eos_vllm.page.routes.add_guarded`), puts a :class:`PlanContext` into ``app.state.eos_plan``.
 Input is bounded: a body of at most :data:`MOST_BYTES`, so many budgets, numbers within ranges. A mistake is a 400 whose
 ``error`` is one line with field, value and remedy.
 """
@@ -75,14 +75,6 @@ async def _body(request: Request) -> bytes:
     return found
 
 
-def _refused(request: Request) -> JSONResponse | None:
-    """The 401 of a request without the server's API key, as ``GET /eos/status`` gives it."""
-    guard = getattr(request.app.state, "eos_guard", None)
-    if guard is None or guard.verify_token(request.headers):
-        return None
-    return JSONResponse({"error": "Unauthorized"}, status_code=401)
-
-
 def _json(found: BaseModel) -> JSONResponse:
     return JSONResponse(json.loads(found.model_dump_json()), headers={"Cache-Control": "no-store"})
 
@@ -90,7 +82,6 @@ def _json(found: BaseModel) -> JSONResponse:
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"description": "one line: field, value, remedy", "content": {"application/json": {"schema": _ERROR}}},
-    401: {"description": "the server has an API key, and this is another"},
 }
 _PLAN_BODY = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": PlanRequest.model_json_schema()}}}
@@ -106,8 +97,6 @@ _QUERY = {
 @router.post("/plan", response_model=Plans, responses=_RESPONSES, openapi_extra=_PLAN_BODY)
 async def post_plan(request: Request) -> Any:
     """What a prompt costs at each budget, and in stock: the figures of ``eos-vllm plan``."""
-    if (refused := _refused(request)) is not None:
-        return refused
     try:
         wanted = _parse(PlanRequest, await _body(request))
         return _json(await run_in_threadpool(plan, request.app.state.eos_plan, wanted))
@@ -118,8 +107,6 @@ async def post_plan(request: Request) -> Any:
 @router.get("/choices", response_model=ChoicesAnswer, responses=_RESPONSES, openapi_extra=_QUERY)
 async def get_choices(request: Request) -> Any:
     """Measured accuracy against cost, and with parameters the choice that ``eos-vllm advise`` makes."""
-    if (refused := _refused(request)) is not None:
-        return refused
     try:
         query = dict(request.query_params)
         return _json(await run_in_threadpool(answer_choices, request.app.state.eos_plan, query))

@@ -6,9 +6,9 @@ The same files serve in a vLLM server (``--eos-page``) and in front of any other
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi import Path as InPath
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -71,15 +71,36 @@ class PageFiles(StaticFiles):
         return response
 
 
+class Refused(Exception):
+    """A request without the server's API key; answered by :func:`refuse`."""
+
+
 def check_key(request: Request) -> None:
-    """Lets through who has the server's API key, as ``GET /eos/status`` does; everybody where it has none.
+    """Lets through who has the server's API key; everybody where it has none. The one guard of all paths of ours.
 
     Raises:
-        HTTPException: 401.
+        Refused: it is another key, or none.
     """
     guard = getattr(request.app.state, "eos_guard", None)
     if guard is not None and not guard.verify_token(request.headers):
-        raise HTTPException(401, "Unauthorized")
+        raise Refused
+
+
+async def refuse(request: Request, error: Exception) -> JSONResponse:
+    """The 401, as vLLM's own paths answer it."""
+    return JSONResponse({"error": "Unauthorized"}, status_code=401)
+
+
+def add_guarded(app: FastAPI, *routers: APIRouter) -> None:
+    """Adds routers whose paths are behind the key.
+
+    Args:
+        app: the server's; ``app.state.eos_guard`` is the guard of its keys, or None.
+        routers: with paths of their own below ``/eos``.
+    """
+    app.add_exception_handler(Refused, refuse)
+    for router in routers:
+        app.include_router(router, dependencies=[GUARD], responses=UNAUTHORIZED)
 
 
 GUARD = Depends(check_key)
@@ -109,6 +130,5 @@ def add_page(app: FastAPI, *routers: APIRouter) -> None:
         routers: with paths of their own below ``/eos``.
     """
     app.include_router(router)
-    for further in routers:
-        app.include_router(further, dependencies=[GUARD], responses=UNAUTHORIZED)
+    add_guarded(app, *routers)
     app.mount("/eos/static", PageFiles(directory=STATIC), name="eos-page")

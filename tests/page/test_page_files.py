@@ -128,7 +128,7 @@ def test_vendored_files_are_those_that_are_named() -> None:
 
 def test_the_key_guards_all_but_the_files(client: TestClient) -> None:
     for path in ("/eos/samples/0", "/eos/more"):
-        assert client.get(path).status_code == 401
+        assert (client.get(path).status_code, client.get(path).json()) == (401, {"error": "Unauthorized"})
         assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
         assert client.get(path, headers=KEY).status_code == 200
 

@@ -20,6 +20,7 @@ from eos_vllm.page import plan_routes
 from eos_vllm.page.plan import PlanContext
 from eos_vllm.page.plan_documents import MOST_BUDGETS
 from eos_vllm.page.plan_routes import MOST_BYTES
+from eos_vllm.page.routes import add_guarded
 
 SEARCHED, SHARED = "embedded-searched", "embedded-shared-image"
 SIZES = geometry(str(embedded.path()))
@@ -27,7 +28,7 @@ SIZES = geometry(str(embedded.path()))
 
 def client(profile: str, sizes: Any = SIZES, **more: Any) -> TestClient:
     app = FastAPI()
-    app.include_router(plan_routes.router)
+    add_guarded(app, plan_routes.router)
     planner = more.pop("planner", None) or Planner(profiles.load(profile), block=16)
     app.state.eos_plan = PlanContext(planner, sizes, more.pop("model", "embedded"), **more)
     return TestClient(app, raise_server_exceptions=False)
