@@ -1,8 +1,9 @@
 """The scheduler's part of traces: which requests are traced, what they held at their end, and how many are kept.
 
-It alone bounds what is kept: at most :data:`MOST_REQUESTS` requests and :data:`MOST_BYTES` on the workers' device, the
-oldest go first. Workers drop what it tells them to. A request is known by the id of its response, which the front
-end wrote into it (:mod:`eos_vllm.serving.trace_requests`): the engine's own name ends in random letters.
+It alone bounds what is kept: at most :data:`MOST_REQUESTS` requests and :data:`MOST_BYTES`, on the workers' device and
+here together; the oldest go first. Workers drop what it tells them to. A request is known by the id of its response,
+which the front end wrote into it (:mod:`eos_vllm.serving.trace_requests`): the engine's own name ends in random
+letters.
 """
 
 from collections import OrderedDict
@@ -27,6 +28,8 @@ MOST_REQUESTS = 64
 MOST_BYTES = 32 << 20
 # Of a token at a reducer: score, and place among those kept or the kept one that it goes to, in 4 bytes each.
 _BYTES = 8
+# Of an image in the scheduler's own outline, roughly: a few numbers, whatever its size.
+_IMAGE_BYTES = 1 << 11
 _NO_KEY = 0
 
 
@@ -74,7 +77,9 @@ class TraceBook:
             return
         known = self.held.get(name)
         if known is not None and not known.finished:
-            return  # of several answers to one prompt (n > 1) the first
+            if parent_of(known.request_id) != parent_of(request.request_id):
+                self._drop(name)  # whoever reads would not know whose it is
+            return  # of several answers to one prompt (n > 1) the first is traced
         if known is not None:
             self._drop(name)
         entry = self._entry(name, request)
@@ -115,6 +120,10 @@ class TraceBook:
         del self.active[request.request_id]
         entry.finished = True
         entry.outline.segments = self._segments(request)
+        if request.num_preemptions:
+            # It may have come back behind an image that others had cached meanwhile, which nobody reduced for it.
+            for image in entry.outline.images:
+                image.covered = True
 
     def take(self, name: str) -> Entry | None:
         """A request that has ended, which is forgotten here; None where there is none."""
@@ -148,13 +157,15 @@ class TraceBook:
             counts = [tokens - len(span.text) for tokens in kept]
             total = size_of(self.planner, feature) if profile.before is not None else span.visual
             grid = self.grid(feature.data, total + len(span.text))
-            text = set(span.text)
-            boxes = None
-            if grid.boxes is not None:
-                boxes = [box for place, box in enumerate(grid.boxes) if place not in text]
             images.append(
                 ImageOutline(
-                    tokens=total, rows=grid.rows, columns=grid.columns, boxes=boxes, counts=counts, end=span.end
+                    tokens=total,
+                    rows=grid.rows,
+                    columns=grid.columns,
+                    cropped=grid.cropped,
+                    tiles=grid.tiles,
+                    counts=counts,
+                    end=span.end,
                 )
             )
             if profile.before is not None:
@@ -167,7 +178,7 @@ class TraceBook:
             layers=list(profile.layers),
             images=images,
         )
-        size = _BYTES * len(profile.reducers) * sum(image.tokens for image in images)
+        size = sum(_IMAGE_BYTES + _BYTES * len(profile.reducers) * image.tokens for image in images)
         return Entry(request.request_id, outline, tuple(keys), spans[-1].end if spans else 0, size)
 
     def _segments(self, request: Request) -> list[SegmentTrace]:
@@ -185,6 +196,12 @@ class TraceBook:
             )
             for s, start in enumerate(starts)
         ]
+
+
+def parent_of(request_id: str) -> str:
+    """The engine's name of the request that one of several answers (n > 1) belongs to: vLLM puts a number in front."""
+    number, mark, rest = request_id.partition("_")
+    return rest if mark and number.isdecimal() else request_id
 
 
 def _fingerprint(feature: Any) -> int:

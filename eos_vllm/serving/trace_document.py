@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import BaseModel, Field
 
+# Left, top, right, bottom.
+Box = tuple[float, float, float, float]
+
 
 class ReducerTrace(BaseModel):
     """One reducer and one image."""
@@ -33,7 +36,11 @@ class ImageTrace(BaseModel):
     tokens: int = Field(description="visual tokens before any reduction")
     rows: int | None = Field(description="of the grid of tokens; null where the image is not one grid")
     columns: int | None = Field(description="of the grid of tokens; null where the image is not one grid")
-    boxes: list[tuple[float, float, float, float] | None] | None = Field(
+    cropped: bool = Field(
+        description="the grid covers the middle square of the uploaded image, which is all that the model sees; else "
+        "all of the image"
+    )
+    boxes: list[Box | None] | None = Field(
         description="where an image is not one grid: the part of the uploaded image that each token stands for, as "
         "left, top, right, bottom in fractions of its width and height; null for a token without a place (end of a row)"
     )
@@ -86,13 +93,15 @@ class ImageOutline(BaseModel):
     """What the scheduler knows of an image.
 
     ``counts`` are the visual tokens of it in each segment of the decoder; ``covered`` says that it was found in the
-    prefix cache when the request was first scheduled.
+    prefix cache when the request was first scheduled, or may have been when it came back after a preemption. ``tiles``
+    are those of :class:`~eos_vllm.serving.hosts.host.Grid`: boxes of thousands of tokens are made when somebody reads.
     """
 
     tokens: int
     rows: int | None = None
     columns: int | None = None
-    boxes: list[tuple[float, float, float, float] | None] | None = None
+    cropped: bool = False
+    tiles: tuple[int, int, int] | None = None
     counts: list[int]
     end: int
     covered: bool = False
@@ -166,8 +175,40 @@ def _image(i: int, image: ImageOutline, outline: Outline, found: Mapping[tuple[i
 
 
 def _trace_of(image: ImageOutline, reused: bool, reducers: list[ReducerTrace]) -> ImageTrace:
-    place = image.model_dump(include={"tokens", "rows", "columns", "boxes"})
-    return ImageTrace(**place, reused=reused, reducers=reducers)
+    place = image.model_dump(include={"tokens", "rows", "columns", "cropped"})
+    boxes = None if image.tiles is None else boxes_of(image.tokens, *image.tiles)
+    return ImageTrace(**place, boxes=boxes, reused=reused, reducers=reducers)
+
+
+def boxes_of(tokens: int, side: int, rows: int, columns: int) -> list[Box | None] | None:
+    """Where the tokens of an image with tiles stand: the copy over the whole image, then the grid over it again.
+
+    Args:
+        tokens: of the image; ends of rows are among them or are not.
+        side: of the copy.
+        rows: of the grid.
+        columns: of the grid.
+
+    Returns:
+        Of each token, None for the end of a row; None where the numbers don't fit.
+    """
+    ends = tokens - side * side - rows * columns
+    if ends not in (0, rows):
+        return None
+    boxes: list[Box | None] = [*cells(side, side)]
+    whole = cells(rows, columns)
+    for row in range(rows):
+        boxes += [*whole[row * columns : (row + 1) * columns], *([None] if ends else [])]
+    return boxes
+
+
+def cells(rows: int, columns: int) -> list[Box]:
+    """The cells of a grid over a whole image, row by row."""
+    return [
+        (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+        for row in range(rows)
+        for column in range(columns)
+    ]
 
 
 def _untouched(layer: int, ids: list[int]) -> ReducerTrace:

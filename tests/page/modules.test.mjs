@@ -94,9 +94,12 @@ const grid = (rows, columns) => ({ tokens: rows * columns, rows, columns, boxes:
 
 test("tokens stand where the family puts them", () => {
   assert.deepEqual(boxes(grid(2, 2), 100, 100)[3], [0.5, 0.5, 1, 1]);
-  // A square grid on an image that is none: the middle was cropped.
-  assert.deepEqual(seen(grid(2, 2), 200, 100), [0.25, 0, 0.75, 1]);
-  assert.deepEqual(boxes(grid(2, 2), 200, 100)[0], [0.25, 0, 0.5, 0.5]);
+  const cropped = { ...grid(2, 2), cropped: true };
+  assert.deepEqual(seen(cropped, 200, 100), [0.25, 0, 0.75, 1]);
+  assert.deepEqual(seen(cropped, 120, 128), [0, 0.03125, 1, 0.96875]);
+  assert.deepEqual(boxes(cropped, 200, 100)[0], [0.25, 0, 0.5, 0.5]);
+  // Small images of models that take any size have square grids, too, which cover all of them.
+  assert.deepEqual(seen(grid(2, 2), 120, 100), [0, 0, 1, 1]);
   // As many columns as the image is wide: all of it.
   assert.deepEqual(seen(grid(2, 4), 200, 100), [0, 0, 1, 1]);
   const tiled = { tokens: 2, rows: null, columns: null, boxes: [[0, 0, 1, 1], null] };

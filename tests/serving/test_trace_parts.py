@@ -1,5 +1,8 @@
 """Parts of traces without an engine: the document, what a request may say, the recorder, and the scheduler's book."""
 
+import asyncio
+import json
+import threading
 import tracemalloc
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +18,14 @@ from vllm.v1.request import Request, RequestStatus
 
 from eos_vllm.core.operator import OperatorParams
 from eos_vllm.core.plan import Planner
+from eos_vllm.serving import trace_endpoint
 from eos_vllm.serving.batch import StepEntry
 from eos_vllm.serving.endpoints import EosEndpoints
+from eos_vllm.serving.hosts.host import Grid
 from eos_vllm.serving.request_checks import check_trace_of_body
 from eos_vllm.serving.trace import TRACED, Recorder, _hold
 from eos_vllm.serving.trace_book import MOST_BYTES, MOST_REQUESTS, TraceBook, eos_trace
-from eos_vllm.serving.trace_document import BEFORE, ImageOutline, Outline, Record, build_trace
+from eos_vllm.serving.trace_document import BEFORE, ImageOutline, Outline, Record, boxes_of, build_trace
 from eos_vllm.serving.trace_requests import TRACE_FIELD, check_trace, name_of, write_name
 from support.profiles import make_profile
 
@@ -70,9 +75,41 @@ def test_a_reused_image_has_what_is_remembered() -> None:
     assert alone.reused
 
 
+def test_boxes_of_an_image_with_tiles() -> None:
+    """A copy of 1, then a grid of 2 rows and 2 columns; ends of rows are text, or count as visual tokens."""
+    whole = (0.0, 0.0, 1.0, 1.0)
+    upper, lower = [(0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5)], [(0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)]
+    assert boxes_of(5, 1, 2, 2) == [whole, *upper, *lower]
+    assert boxes_of(7, 1, 2, 2) == [whole, *upper, None, *lower, None]
+    assert boxes_of(6, 1, 2, 2) is None
+    tiled = ImageOutline(tokens=5, tiles=(1, 2, 2), counts=[5], end=9)
+    (image,) = build_trace(Outline(id="a", budget=None, selects=False, layers=[], images=[tiled]), []).images
+    assert (image.boxes, image.cropped, image.rows) == ([whole, *upper, *lower], False, None)
+
+
 def test_a_record_that_is_missing_is_no_trace() -> None:
     with pytest.raises(RuntimeError, match="nobody recorded"):
         build_trace(outline([6, 3, 2]), [Record(image=0, reducer=0, chosen=[0, 1, 2])])
+
+
+def test_the_event_loop_does_none_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation, building and encoding take milliseconds, for which no other request would stream."""
+    threads = []
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.current_thread())
+        return build_trace(*args)
+
+    class Engine:
+        async def call_utility_all_async(self, method: str, name: str) -> list[Any]:
+            return [{"outline": outline([6, 6, 0]).model_dump(), "records": []}]
+
+    monkeypatch.setattr(trace_endpoint, "build_trace", noted)
+    found = asyncio.run(trace_endpoint.trace_of(SimpleNamespace(engine_core=Engine()), "a"))
+    assert isinstance(found, bytes)
+    assert json.loads(found)["images"][0]["tokens"] == 6
+    assert threading.main_thread() not in threads
+    assert len(threads) == 1
 
 
 @pytest.mark.parametrize("value", ["yes", 2, [1], None, "true", 0.5])
@@ -155,7 +192,7 @@ class FakeEngine:
         assert method == "eos_trace"
         return [[record.model_dump() for record in self.recorder.take(*args, {})]]
 
-    def add(self, name: str, images: int = 1) -> Request:
+    def add(self, name: str, images: int = 1, engine_id: str | None = None) -> Request:
         """A traced request, taken in."""
         features = [
             SimpleNamespace(
@@ -164,7 +201,7 @@ class FakeEngine:
             for i in range(images)
         ]
         request = Request(
-            request_id=f"{name}-random",
+            request_id=engine_id or f"{name}-random",
             prompt_token_ids=[3] * (600 * images + TEXT),
             sampling_params=SamplingParams(max_tokens=1, extra_args={TRACE_FIELD: name}),
             pooling_params=None,
@@ -274,6 +311,50 @@ def test_a_second_request_of_the_same_name() -> None:
     assert eos_trace(engine, "same") is None
 
 
+def test_two_requests_under_one_id_at_once_have_no_trace() -> None:
+    """Each would read the other's; several answers to one prompt are of one request."""
+    engine = FakeEngine()
+    first, second = engine.add("same", engine_id="same-aaaaaaaa"), engine.add("same", engine_id="same-bbbbbbbb")
+    for request in (first, second):
+        engine.step(request)
+        engine.end(request)
+    assert eos_trace(engine, "same") is None
+    engine.step()
+    assert engine.held() == 0
+    answers = [engine.add("n", engine_id=f"{i}_n-cccccccc") for i in range(3)]
+    for request in answers:
+        engine.step(request)
+        engine.end(request)
+    answer = eos_trace(engine, "n")
+    assert answer is not None
+    assert len(answer["records"]) == 3
+
+
+def test_a_preempted_request_may_find_its_image_cached() -> None:
+    """It was first scheduled in front of its image, and came back behind it: nobody reduced it for this request."""
+    engine = FakeEngine()
+    request = engine.add("back")
+    request.num_preemptions = 1
+    engine.end(request)
+    answer = eos_trace(engine, "back")
+    assert answer is not None
+    assert answer["records"] == []
+    (image,) = build_trace(Outline.model_validate(answer["outline"]), []).images
+    assert (image.reused, image.reducers) == (True, [])
+
+
+def test_what_the_scheduler_holds_does_not_grow_with_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    monkeypatch.setattr(engine.traces, "grid", lambda data, tokens: Grid(tiles=(24, 60, 60)))
+    outline = engine.traces.active[engine.add("tiled").request_id].outline
+    assert outline.images[0].tiles == (24, 60, 60)
+    assert len(outline.model_dump_json()) < 1000
+    engine.add("many", images=40)
+    many = engine.traces.held["many"]
+    on_device = 8 * 3 * sum(image.tokens for image in many.outline.images)
+    assert many.size - on_device >= len(many.outline.model_dump_json())
+
+
 def test_the_route_is_there_with_the_page_only() -> None:
     class Client:
         """An engine that holds one trace, and another that holds none."""
@@ -287,6 +368,7 @@ def test_the_route_is_there_with_the_page_only() -> None:
             found = {"outline": outline([6, 6, 0]).model_dump(), "records": []}
             return [None, found if name == "a" else None]
 
+    refused = (401, {"error": "Unauthorized"})
     app, plain = FastAPI(), FastAPI()
     EosEndpoints(page=True).attach_router(app)
     EosEndpoints().attach_router(plain)
@@ -301,7 +383,9 @@ def test_the_route_is_there_with_the_page_only() -> None:
         assert TRACE_FIELD in missing.json()["error"]
         assert client.get("/eos/trace/broken").status_code == 503
         app.state.eos_guard = SimpleNamespace(verify_token=lambda headers: headers.get("authorization") == "Bearer k")
-        assert client.get("/eos/trace/a").status_code == 401
+        for path in ("trace/a", "status", "choices", "samples/0"):
+            assert (client.get(f"/eos/{path}").status_code, client.get(f"/eos/{path}").json()) == refused, path
+        assert (client.post("/eos/plan").status_code, client.post("/eos/plan").json()) == refused
         assert client.get("/eos/trace/a", headers={"Authorization": "Bearer k"}).status_code == 200
     with TestClient(plain) as client:
         assert client.get("/eos/trace/a").status_code == 404

@@ -16,13 +16,15 @@ class Grid:
     Attributes:
         rows: of the grid, where the image is one.
         columns: of the grid.
-        boxes: otherwise the part of the uploaded image that each token stands for, as left, top, right, bottom in
-            fractions of its width and height; None for the end of a row.
+        cropped: the grid covers the middle square of the uploaded image; else all of it.
+        tiles: otherwise, of an image that is seen as a small square copy and then in a larger grid with an end behind
+            each row: side of the copy, rows of the grid, and its columns.
     """
 
     rows: int | None = None
     columns: int | None = None
-    boxes: Sequence[tuple[float, float, float, float] | None] | None = None
+    cropped: bool = False
+    tiles: tuple[int, int, int] | None = None
 
 
 # Of an image's processed data (None where they are elsewhere) and its number of tokens, ends of rows included.

@@ -76,7 +76,7 @@ def grids(model_config: Any) -> GridOf:
 
     def grid(data: Any, tokens: int) -> Grid:
         side = math.isqrt(tokens)
-        return Grid(side, side) if side * side == tokens else Grid()
+        return Grid(side, side, cropped=True) if side * side == tokens else Grid()
 
     return grid
 

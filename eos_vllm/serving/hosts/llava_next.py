@@ -121,22 +121,9 @@ def grids(model_config: Any) -> GridOf:
         side = math.isqrt(before)
         if side * side != before or before + rows * (columns + 1) != tokens:
             return Grid()
-        boxes: list[tuple[float, float, float, float] | None] = list(cells(side, side))
-        whole = cells(rows, columns)
-        for row in range(rows):
-            boxes += [*whole[row * columns : (row + 1) * columns], None]
-        return Grid(boxes=boxes)
+        return Grid(tiles=(side, rows, columns))
 
     return grid
-
-
-def cells(rows: int, columns: int) -> list[tuple[float, float, float, float]]:
-    """The cells of a grid over a whole image, row by row."""
-    return [
-        (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
-        for row in range(rows)
-        for column in range(columns)
-    ]
 
 
 _INFO = "vllm.model_executor.models.llava_next:LlavaNextProcessingInfo"

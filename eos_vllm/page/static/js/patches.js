@@ -1,10 +1,8 @@
 // Where an image's tokens stand, and what became of them. Pure.
 
-/** Sides of the part of an image that a square grid covers: such models crop the middle. Fractions of the image. */
+/** Sides of the part of an image that its grid covers: all, or the middle square where `cropped`. In fractions. */
 export function seen(image, width, height) {
-  const square = image.rows !== null && image.rows === image.columns;
-  // Any-size models have as many rows as the image asks for; a square grid on an image that is none was cropped.
-  if (!square || Math.abs(width / height - 1) < 0.1) return [0, 0, 1, 1];
+  if (!image.cropped) return [0, 0, 1, 1];
   const [w, h] = width > height ? [height / width, 1] : [1, width / height];
   return [(1 - w) / 2, (1 - h) / 2, (1 + w) / 2, (1 + h) / 2];
 }
