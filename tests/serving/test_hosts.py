@@ -16,8 +16,10 @@ from eos_vllm.core.plan import ImageSpan
 from eos_vllm.core.profile import parse_profile
 from eos_vllm.core.selectors.fixed import Uniform
 from eos_vllm.models.image_sizes import image_tokens
+from eos_vllm.serving.engine_args import most_tokens
 from eos_vllm.serving.hosts import FAMILIES, host_of, model_classes
 from eos_vllm.serving.options import planner_of
+from eos_vllm.serving.plan_endpoint import size_counter
 from support.families import build
 from support.flags import configure, refused
 
@@ -233,6 +235,24 @@ def test_the_model_is_asked_for_the_tokens_of_an_image(family: str, size: tuple[
     config = json.loads((path / "config.json").read_text())
     token = config.get("image_token_id", config.get("image_token_index"))
     assert image_tokens(path, *size) == int((inputs["input_ids"] == token).sum())
+
+
+@pytest.mark.parametrize("family", ["llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl"])
+def test_plans_count_an_image_s_tokens_as_the_server_does(family: str, model_of: Any, tmp_path: Path) -> None:
+    path = model_of(family)
+    given = flags(tmp_path, profile_of(build.FAMILIES[family].architecture))
+    count = size_counter(configure(path, given).model_config)
+    sizes = [(112, 84), (336, 224), (75, 230), (420, 308)]
+    assert [count(*size) for size in sizes] == [image_tokens(path, *size) for size in sizes]
+    if not family.startswith("qwen"):
+        return
+    with pytest.raises(SettingError, match=r"size=\[30000, 30\]: the model's processor takes no such image"):
+        count(30000, 30)
+    # The processor's own files know nothing of the server's flags.
+    limited = configure(path, [*given, "--mm-processor-kwargs", json.dumps({"max_pixels": 224 * 112})])
+    fewer = size_counter(limited.model_config)(420, 308)
+    assert fewer < image_tokens(path, 420, 308)
+    assert fewer <= most_tokens(limited)
 
 
 class TestNumbering:
