@@ -160,7 +160,7 @@ loadtest: setup
 
 # Budgets that follow the load against fixed ones and stock, at arrival rates around stock's capacity: an hour; goes on
 # where it was stopped. Figure and tables alone: the second line.
-ELASTIC ?= results/elastic-cpu
+ELASTIC ?= runs/elastic
 elastic-sweep: setup
 	$(BIN)/python -m loadtests.elastic_sweep --out $(ELASTIC)
 	$(BIN)/python -m loadtests.elastic_report $(ELASTIC) --figure docs/elastic.png --readme README.md
