@@ -148,6 +148,7 @@ bench: setup
 	$(BIN)/python benchmarks/decode_step.py
 	$(BIN)/python benchmarks/compiled_reduction.py
 	$(BIN)/python benchmarks/host_cost.py
+	$(BIN)/python benchmarks/trace_cost.py
 
 # Stock against eos over HTTP, scenario by scenario; goes on where it was stopped, or where its minutes were over.
 LOADTEST ?= runs/loadtest

@@ -148,9 +148,10 @@ class TraceBook:
             counts = [tokens - len(span.text) for tokens in kept]
             total = size_of(self.planner, feature) if profile.before is not None else span.visual
             grid = self.grid(feature.data, total + len(span.text))
-            boxes = grid.boxes
-            if boxes is not None and span.text:
-                boxes = [box for place, box in enumerate(boxes) if place not in set(span.text)]
+            text = set(span.text)
+            boxes = None
+            if grid.boxes is not None:
+                boxes = [box for place, box in enumerate(grid.boxes) if place not in text]
             images.append(
                 ImageOutline(
                     tokens=total, rows=grid.rows, columns=grid.columns, boxes=boxes, counts=counts, end=span.end
