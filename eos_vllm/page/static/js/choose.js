@@ -146,7 +146,7 @@ function tell(detail, point) {
         ? el("a", { href: "#ask" }, `The slider is at ${point.budget} now: ask`)
         : el("span", { class: "note" }, "Another profile than this server's: start one with it to ask."),
     ),
-    roundedOther(point) && el("p", { class: "note" }, "It was measured at its exact counts; this server rounds to whole KV blocks and keeps more."),
+    roundedOther(point) && el("p", { class: "note" }, "It was measured at exact counts; this server rounds them to whole KV blocks: accuracy and cost here are not exactly these."),
     el("p", { class: "note" }, "Rests on ", el("code", {}, point.source), `${origin(point)}. 95 % interval by bootstrap over images.`),
   );
 }
