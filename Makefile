@@ -1,6 +1,6 @@
 # make setup | test | lint | demo | docs | clean
-# make up | down | drill | deploy-check | deploy-rules
-# make embedded-model | accuracy | several-questions | equal-cost | search | ablations | bench | loadtest | bench-smoke | soak
+# make up | down | drill | faults | deploy-check | deploy-rules
+# make embedded-model | accuracy | several-questions | equal-cost | search | ablations | bench | loadtest | bench-smoke | soak | soak-replicas
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
@@ -23,7 +23,7 @@ OTHERS := $(filter-out $(ENGINES) tests/__pycache__,$(patsubst %/,%,$(sort $(wil
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: test-engines test-others up down drill deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest bench-smoke soak docs clean
+.PHONY: test-engines test-others up down drill faults deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest bench-smoke soak soak-replicas docs clean
 
 setup: $(READY)
 
@@ -136,6 +136,11 @@ bench-smoke: setup
 soak: setup
 	$(BIN)/python -m loadtests.soak --minutes 30 --out results/soak-cpu.json
 
+# 10,000 requests to two replicas of the embedded model behind vLLM's router, and a quarter of them to stock's.
+soak-replicas: setup
+	$(BIN)/python -m loadtests.soak --requests 10000 --replicas 2 --aborted 0.3 --out results/soak-two-replicas.json
+	$(BIN)/python -m loadtests.soak_chart results/soak-two-replicas.json docs/soak.png
+
 # Two replicas of the embedded model, vLLM's router and Prometheus, as processes: http://127.0.0.1:8100/v1.
 up down: setup
 	$(BIN)/python deploy/local/stack.py $@
@@ -143,6 +148,11 @@ up down: setup
 # With `make up`: breaks a replica, and waits until the alerts fire and clear (a quarter of an hour).
 drill: setup
 	$(BIN)/python deploy/local/drill.py
+
+# Processes killed, a spoilt profile, a full disk, hanging clients, floods: each with 200 requests in flight on a stack of
+# its own (half an hour; ports 8200 and above, so that make up may stay; mounting the small disk needs root).
+faults: setup
+	EOS_PORT=8200 EOS_STACK=runs/faults $(BIN)/python deploy/local/faults.py --page docs/operations.md
 
 # Manifests, images, rules and flags, without a server (a minute); part of `make test`, which asks a live one as well.
 deploy-check: setup

@@ -1,0 +1,117 @@
+"""Faults with 200 requests in flight, on two replicas behind the real router: what clients get, how long it takes.
+
+``make faults``, or ``python deploy/local/faults.py [NAME ...]`` (names: see ``FAULTS``). Each fault has a stack of its
+own. Exit code 1 where an answer was wrong, ended as if it were whole and was not, or never came, or where a replica did
+not recover. Raw results: ``--out``; all that it prints goes into ``--log`` as well; ``--page`` puts the table in.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fault_stack
+import fault_table
+import stack
+from fault_client import LOST_SILENTLY, Case, cases, known_right
+from fault_kinds import FAULTS, Scene
+
+from eos_vllm.provenance import provenance
+
+ROOT = stack.HERE.parents[1]
+START = time.monotonic()
+
+
+class Log:
+    """Prints lines with the seconds since the start, and writes them to a file."""
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._out = file.open("w", encoding="utf-8")
+
+    def __call__(self, text: str) -> None:
+        line = f"{time.monotonic() - START:6.0f} s  {text}".replace(str(ROOT), ".").replace(str(stack.FOLDER), "logs")
+        print(line, flush=True)
+        print(line, file=self._out, flush=True)
+
+
+def problems(result: dict[str, Any]) -> list[str]:
+    """What may not be in a fault's result."""
+    found = []
+    for part in ("in_flight", "during", "after"):
+        for kind in LOST_SILENTLY:
+            if count := result[part]["outcomes"].get(kind):
+                found.append(f"{count} {kind} ({part.replace('_', ' ')})")
+    if any(kind != "right" for kind in result["after"]["outcomes"]) or not result["after"]["outcomes"]:
+        found.append(f"after recovery: {result['after']['outcomes']}")
+    if result["recover_seconds"] is None:
+        found.append("no recovery")
+    return found + result.get("problems", [])
+
+
+def run(name: str, args: argparse.Namespace, known: list[Case], say: Log) -> tuple[dict[str, Any], list[Case]]:
+    """One fault from start to end; the questions that are known to be answered right, asked of the first stack."""
+    fault = FAULTS[name]
+    say(f"fault {name}: {fault.what}")
+    with fault.prepared(stack.FOLDER) as (profile, logs):
+        flags = fault.flags(args.in_flight)
+        with fault_stack.running(flags, profile, logs) as running:
+            say(f"two replicas and the router answer; flags beyond make up's: {flags or 'none'}")
+            if not known:
+                wanted = cases(args.seed, args.cases)
+                known = asyncio.run(known_right(stack.REPLICAS[0], wanted))
+                say(f"{len(known)} of {len(wanted)} questions are answered right by an idle replica; these are asked")
+            scene = Scene(running, known, args.in_flight, say, random.Random(args.seed), profile)
+            result = asyncio.run(scene.play(fault))
+    result = {"name": name, "what": fault.what, "flags": flags} | result
+    result["problems"] = problems(result)
+    say(
+        f"in flight: {result['in_flight']}; until recovery: {result['during']['outcomes']}; "
+        f"after: {result['after']['outcomes']}; notes: {result['notes']}"
+    )
+    say(
+        f"recovered after {result['recover_seconds']} s; {'FAILED: ' if result['problems'] else 'as it should be'}"
+        + "; ".join(result["problems"])
+    )
+    return result, known
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the faults named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FAULTS)} (default: all)")
+    parser.add_argument("--in-flight", type=int, default=200, help="requests at the fault (default: %(default)s)")
+    parser.add_argument("--cases", type=int, default=60, help="questions tried for it (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "faults.json")
+    parser.add_argument("--log", type=Path, default=ROOT / "results" / "faults.txt")
+    parser.add_argument("--page", type=Path, help="page whose table of faults is replaced, docs/operations.md say")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.names if name not in FAULTS]:
+        parser.error(f"no such fault: {unknown[0]}; choose from {', '.join(FAULTS)}")
+    say = Log(args.log)
+    results: list[dict[str, Any]] = []
+    known: list[Case] = []
+    for name in args.names or FAULTS:
+        try:
+            result, known = run(name, args, known, say)
+        except stack.StackError as e:
+            say(f"FAILED: {e}")
+            return 1
+        results.append(result)
+    facts = provenance(seed=args.seed)
+    args.out.write_text(
+        json.dumps({"provenance": facts, "in_flight": args.in_flight, "faults": results}, indent=1) + "\n"
+    )
+    if args.page:
+        fault_table.put(args.page, results)
+    return int(any(result["problems"] for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
