@@ -152,7 +152,7 @@ drill: setup
 # Processes killed, a spoilt profile, a full disk, hanging clients, floods: each with 200 requests in flight on a stack of
 # its own (half an hour; ports 8200 and above, so that make up may stay; mounting the small disk needs root).
 faults: setup
-	EOS_PORT=8200 EOS_STACK=runs/faults $(BIN)/python deploy/local/faults.py --page docs/operations.md
+	PYTHONPATH=. EOS_PORT=8200 EOS_STACK=runs/faults $(BIN)/python deploy/local/faults.py --page docs/operations.md
 
 # Manifests, images, rules and flags, without a server (a minute); part of `make test`, which asks a live one as well.
 deploy-check: setup

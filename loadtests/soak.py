@@ -40,8 +40,10 @@ from loadtests.sweep_options import EAGER, PROMPT_CHARACTERS, SweepOptions
 SCENARIOS = {"single": 4.0, "several": 1.0, "multi_turn": 1.0, "two_images": 1.0, "text_only": 1.0}
 # A cache of images that is full after minutes: one that fills for hours would look like a leak.
 _ARGUMENTS = f"{EAGER} --mm-processor-cache-gb 0.05"
-# Both are vLLM's defaults. Fewer tokens in a step than two prompts have, so that prefills are cut into chunks.
-_REPLICATED = f"{_ARGUMENTS} --enable-prefix-caching --enable-chunked-prefill --max-num-batched-tokens 1024"
+# Both are vLLM's defaults. A step holds one prompt of two images, and with two prompts the second is cut into chunks.
+_REPLICATED = f"{_ARGUMENTS} --enable-prefix-caching --enable-chunked-prefill --max-num-batched-tokens 1536"
+# The embedded model's answers are a word: who wants to leave half way must do so at once, or behind it.
+_ABORT_PIECES = 1
 # Room for that many requests of full length in each replica's KV cache.
 _REPLICA_REQUESTS = 4
 # glibc keeps freed tensors of varying sizes for itself (stock vLLM, too), and a leak would not show behind that. So
@@ -166,6 +168,7 @@ def _workload(args: argparse.Namespace, options: SweepOptions, rows: Path) -> Wo
         label=f"soak {time.time():.0f}",
         prompt_characters=PROMPT_CHARACTERS,
         abort_share=args.aborted,
+        abort_pieces=_ABORT_PIECES if args.replicas > 1 else None,
         malformed_share=args.malformed,
         seed=args.seed,
     )

@@ -1,184 +1,21 @@
-"""The faults themselves: how a stack is prepared for each, what is done to it, and how a fault is played out."""
+"""The faults themselves: what is done to a stack, and what is looked at for it."""
 
 import asyncio
 import os
 import signal
-import subprocess
 import time
-import urllib.error
 import urllib.request
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
-from random import Random
-from typing import Any
 
-import aiohttp
 import psutil
 import stack
-from fault_client import Case, Crowd, Outcome, ask
+from fault_client import Crowd
+from fault_scene import LOG_BYTES, NAME, REPLICA, Fault, Scene, is_ready
 from fault_stack import FaultStack
 from hangers import Hangers
 
 from loadtests.server_metrics import fetch
-
-RECOVER_SECONDS = 300.0
-AFTER = 20
-NAME, REPLICA = "replica-1", stack.REPLICAS[0]
-LOG_BYTES = 256 << 10
-
-
-@dataclass
-class Scene:
-    """One fault on one running stack."""
-
-    running: FaultStack
-    cases: list[Case]
-    size: int
-    say: Callable[[str], None]
-    random: Random
-    profile: str
-    targets: list[psutil.Process] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    async def play(self, fault: "Fault") -> dict[str, Any]:
-        """Fills the stack, brings the fault about, waits for all that was in flight and for recovery."""
-        # Looked up now, for that takes longer than many an answer.
-        self.targets = fault.targets(self.running) if fault.targets else []
-        crowd = Crowd(stack.ROUTER, self.cases, self.size)
-        clients = asyncio.create_task(crowd.run())
-        # Until clients are in every phase: answered once on average, so that some wait, some prefill, some decode.
-        while crowd.in_flight < self.size or len(crowd.outcomes) < self.size:
-            await asyncio.sleep(0.1)
-            if clients.done():
-                clients.result()
-        before = Counter(o.kind for o in crowd.outcomes)
-        if set(before) - {"right"} - fault.expected:
-            self.problems.append(f"before the fault: {dict(before)}")
-        started, in_flight = time.monotonic(), crowd.in_flight
-        probe = asyncio.create_task(self._probe(started, fault.expected))
-        await fault.act(self, crowd)
-        crowd.hold.set()
-        during = asyncio.create_task(self._trickle(probe))
-        await clients
-        recovered = await probe
-        passed = await during
-        after = [await self.one(stack.ROUTER, f"after-{i}", i) for i in range(AFTER)]
-        if fault.afterwards:
-            await fault.afterwards(self)
-        return {
-            "in_flight": {
-                "requests": in_flight,
-                "outcomes": crowd.counts(started),
-                "details": _details(crowd.outcomes),
-            },
-            "before": dict(before),
-            "during": {"outcomes": dict(Counter(o.kind for o in passed)), "details": _details(passed)},
-            "after": {"outcomes": dict(Counter(o.kind for o in after)), "details": _details(after)},
-            "recover_seconds": recovered,
-            "notes": self.notes,
-            "problems": self.problems,
-        }
-
-    async def one(self, url: str, name: str, number: int, limit: float = 180.0) -> Outcome:
-        """One question over a connection of its own."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
-            return await ask(
-                session, url, self.cases[number % len(self.cases)], name, long=number % 2 == 1, limit=limit
-            )
-
-    async def _probe(self, started: float, expected: frozenset[str]) -> float | None:
-        """Seconds until the replica is ready and answers right, three times in a row; 0 where it never failed."""
-        good, since, failed = 0, 0.0, False
-        while time.monotonic() - started < RECOVER_SECONDS:
-            ready = await asyncio.to_thread(is_ready, REPLICA)
-            outcome = await self.one(REPLICA, "probe", 0) if ready else None
-            if outcome is not None and outcome.kind == "right":
-                since = since or outcome.ended
-                good += 1
-                # A process that was hit may answer once more: only after the crowd can it be told that nothing failed.
-                if good >= 3 and (failed or time.monotonic() - started > 10):
-                    return round(since - started, 1) if failed else 0.0
-            elif outcome is None or outcome.kind not in expected:
-                good, since, failed = 0, 0.0, True
-            await asyncio.sleep(0.5)
-        return None
-
-    async def _trickle(self, probe: "asyncio.Task[float | None]") -> list[Outcome]:
-        """One new request each second through the router until the replica has recovered."""
-        tasks = []
-        while not probe.done():
-            tasks.append(asyncio.create_task(self.one(stack.ROUTER, f"during-{len(tasks)}", len(tasks))))
-            await asyncio.wait([probe], timeout=1.0)
-        return list(await asyncio.gather(*tasks))
-
-    def log_lines(self, *words: str, most: int = 3) -> list[str]:
-        """The last lines of the hit replica's log that hold one of the words."""
-        found = [line for line in self.running.log(NAME).splitlines() if any(word in line for word in words)]
-        return [line[-300:] for line in found[-most:]]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A fault.
-
-    Attributes:
-        what: it is, in the words of the table.
-        act: brings it about, on a full stack.
-        more: flags of the replicas; ``{n}`` is a limit of which the requests in flight are four times both replicas'.
-        own: what the stack needs beside it: ``profile`` (a file of its own) or ``disk`` (a small one for logs).
-        expected: outcomes that are no surprise before the fault.
-        afterwards: is done when everything is over.
-        targets: the processes that it hits.
-    """
-
-    what: str
-    act: Callable[[Scene, Crowd], Awaitable[None]]
-    more: str = ""
-    own: str = ""
-    expected: frozenset[str] = frozenset()
-    afterwards: Callable[[Scene], Awaitable[None]] | None = None
-    targets: Callable[[FaultStack], list[psutil.Process]] | None = None
-
-    def flags(self, in_flight: int) -> str:
-        """Flags of the replicas."""
-        return self.more.format(n=max(1, in_flight // 8), t=max(1, in_flight // 8) * 700)
-
-    @contextmanager
-    def prepared(self, folder: Path) -> Iterator[tuple[str, Path | None]]:
-        """Profile and folder of logs."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.own == "profile":
-            source = stack.HERE.parents[1] / "eos_vllm" / "profiles" / "embedded-searched.json"
-            file = folder / "theta.json"
-            file.write_bytes(source.read_bytes())
-            yield str(file), None
-        elif self.own == "disk":
-            disk = folder / "disk"
-            disk.mkdir(exist_ok=True)
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={LOG_BYTES}", "tmpfs", str(disk)], check=True)
-            try:
-                yield "embedded-searched", disk
-            finally:
-                subprocess.run(["umount", "--lazy", str(disk)], check=True)
-        else:
-            yield "embedded-searched", None
-
-
-def is_ready(url: str) -> bool:
-    """Whether ``/health`` and ``/eos/status`` both say 200."""
-    return stack.is_up(url, "/health") and stack.is_up(url, "/eos/status")
-
-
-def _details(outcomes: list[Outcome], most: int = 3) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        if outcome.kind != "right" and len(kept := found.setdefault(outcome.kind, [])) < most:
-            kept.append(outcome.detail)
-    return found
 
 
 def worker_of(running: FaultStack) -> list[psutil.Process]:
@@ -214,18 +51,21 @@ async def spoil_profile(scene: Scene, crowd: Crowd) -> None:
     while crowd.in_flight:
         await asyncio.sleep(0.2)
     scene.notes["served with garbage on disk"] = crowd.counts()
-    scene.say(f"all in flight are over: {crowd.counts()}; the replica is told to end (SIGTERM), and starts again")
+    logged = len(scene.running.log(NAME))
+    scene.since = time.monotonic()
     os.kill(scene.running.pid(NAME), signal.SIGTERM)
+    scene.say(f"all in flight are over: {crowd.counts()}; the replica is told to end (SIGTERM), and starts again")
+    said: list[str] = []
     deadline = time.monotonic() + 120
-    while (
-        not (said := scene.log_lines("--eos-profile", "eos-profile", "profile=", "eos:")[-3:])
-        or "error" not in said[-1]
-    ):
-        if time.monotonic() > deadline:
-            break
+    while not said and time.monotonic() < deadline:
         await asyncio.sleep(1)
-    scene.notes["a start with garbage says"] = said
-    scene.say(f"what the restart says: {said[-1:]}")
+        new = scene.running.log(NAME)[logged:].splitlines()
+        said = [line for line in new if "error" in line.lower() and (file.name in line or "eos-profile" in line)]
+    if said:
+        scene.notes["a start with garbage says"] = said[0].replace(str(file.parent), "…")[-400:]
+        scene.say(f"the restart says: {scene.notes['a start with garbage says']}")
+    else:
+        scene.problems.append("the restart with garbage did not say what is wrong")
     file.write_bytes(good)
     scene.say("the profile file is whole again")
 

@@ -1,7 +1,7 @@
 """Faults with 200 requests in flight, on two replicas behind the real router: what clients get, how long it takes.
 
-``make faults``, or ``python deploy/local/faults.py [NAME ...]`` (names: see ``FAULTS``). Each fault has a stack of its
-own. Exit code 1 where an answer was wrong, ended as if it were whole and was not, or never came, or where a replica did
+``make faults``, or ``PYTHONPATH=. python deploy/local/faults.py [NAME ...]`` (names: ``FAULTS``). Each fault has a stack
+of its own. Exit code 1 where an answer was wrong, ended as if it were whole and was not, or never came, or where a replica did
 not recover. Raw results: ``--out``; all that it prints goes into ``--log`` as well; ``--page`` puts the table in.
 """
 
@@ -19,7 +19,8 @@ import fault_stack
 import fault_table
 import stack
 from fault_client import LOST_SILENTLY, Case, cases, known_right
-from fault_kinds import FAULTS, Scene
+from fault_kinds import FAULTS
+from fault_scene import Scene
 
 from eos_vllm.provenance import provenance
 
