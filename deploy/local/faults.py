@@ -1,8 +1,9 @@
 """Faults with 200 requests in flight, on two replicas behind the real router: what clients get, how long it takes.
 
-``make faults``, or ``PYTHONPATH=. python deploy/local/faults.py [NAME ...]`` (names: ``FAULTS``). Each fault has a stack
-of its own. Exit code 1 where an answer was wrong, ended as if it were whole and was not, or never came, or where a replica did
-not recover. Raw results: ``--out``; all that it prints goes into ``--log`` as well; ``--page`` puts the table in.
+``make faults``, or ``PYTHONPATH=. python deploy/local/faults.py [NAME ...]`` (names: ``FAULTS``). Each fault has a
+stack of its own. Exit code 1 where an answer was wrong, ended as if it were whole and was not, or never came, or where
+a replica did not recover. Raw results: ``--out``; all that it prints goes into ``--log`` as well; ``--page`` puts the
+table in.
 """
 
 import argparse
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say = Log(args.log)
     results: list[dict[str, Any]] = []
     known: list[Case] = []
+    facts = provenance(seed=args.seed)
     for name in args.names or FAULTS:
         try:
             result, known = run(name, args, known, say)
@@ -105,10 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"FAILED: {e}")
             return 1
         results.append(result)
-    facts = provenance(seed=args.seed)
-    args.out.write_text(
-        json.dumps({"provenance": facts, "in_flight": args.in_flight, "faults": results}, indent=1) + "\n"
-    )
+        # Now, for the next one may fail to start.
+        found = {"provenance": facts, "in_flight": args.in_flight, "faults": results}
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
     if args.page:
         fault_table.put(args.page, results)
     return int(any(result["problems"] for result in results))
