@@ -1,6 +1,8 @@
 # make setup | test | lint | demo | docs | clean
 # make up | down | drill | faults | deploy-check | deploy-rules
-# make embedded-model | accuracy | several-questions | equal-cost | search | ablations | bench | loadtest | bench-smoke | soak | soak-replicas
+# make page | page-screenshots | page-fuzz
+# make embedded-model | accuracy | several-questions | equal-cost | choices | search | ablations | bench | loadtest | elastic-sweep
+# make bench-smoke | soak | soak-replicas
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
@@ -17,13 +19,14 @@ READY := $(VENV)/.ready
 # mypy takes packages from the path, and search/ is imported as eos_search: this link tells it so.
 MYPY_LINKS := .cache/mypy
 # Two processes: tests that start engines in one, all others in the other.
-ENGINES := tests/parity tests/serving
+ENGINES := tests/parity tests/serving tests/page
 OTHERS := $(filter-out $(ENGINES) tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/)))) $(wildcard tests/test_*.py)
 
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: test-engines test-others up down drill faults deploy-check deploy-rules setup test lint demo embedded-model accuracy several-questions equal-cost search ablations bench loadtest bench-smoke soak soak-replicas docs clean
+.PHONY: setup test test-engines test-others lint demo docs clean up down drill faults deploy-check deploy-rules page page-screenshots page-fuzz
+.PHONY: embedded-model accuracy several-questions equal-cost choices search ablations bench loadtest elastic-sweep bench-smoke soak soak-replicas
 
 setup: $(READY)
 
@@ -53,6 +56,22 @@ lint: setup
 
 demo: setup
 	$(BIN)/eos-vllm demo
+	@echo "To see which patches are kept, in a browser: make page"
+
+# The embedded model with its page, until Ctrl-C; another port: make page PAGE_PORT=8700.
+PAGE_PORT ?= 8600
+page: setup
+	$(BIN)/eos-vllm page --port $(PAGE_PORT)
+
+# Pictures of the page in docs/page; Debian's Chromium (apt-get install chromium).
+page-screenshots: setup
+	PYTHONPATH=tests $(BIN)/python tests/page/screenshots.py
+
+# Five minutes of schemathesis against the page's paths, from an environment of its own: its dependencies are not ours.
+FUZZ := .cache/schemathesis
+page-fuzz: setup
+	@test -x $(FUZZ)/bin/schemathesis || { $(PYTHON) -m venv $(FUZZ) && $(FUZZ)/bin/pip install --quiet 'schemathesis>=4,<5'; }
+	PYTHONPATH=tests $(BIN)/python tests/page/fuzz.py --schemathesis $(FUZZ)/bin/schemathesis
 
 # Trains the embedded model from nothing (80 minutes on two busy cores; less with a GPU), marks it, writes its card, and
 # only then takes it into the package. What was stopped goes on from its checkpoint in .cache/embedded-model.
@@ -89,6 +108,10 @@ several-questions: setup
 equal-cost: setup
 	$(BIN)/python benchmarks/equal_cost.py --out results/equal-cost.json
 	$(BIN)/python benchmarks/equal_cost.py --table results/equal-cost.json --page docs/equal-cost.md
+
+# Accuracy against cost for the page and for `eos-vllm advise`, from committed raw results; measures nothing.
+choices: setup
+	$(BIN)/python -m benchmarks.choices
 
 # Searches a profile on the embedded model; what was stopped goes on with --resume.
 search: setup
@@ -127,6 +150,13 @@ LOADTEST ?= runs/loadtest
 loadtest: setup
 	$(BIN)/python -m loadtests.sweep --out $(LOADTEST)
 	$(BIN)/python -m loadtests.report $(LOADTEST) --markdown
+
+# Budgets that follow the load against fixed ones and stock, at arrival rates around stock's capacity: an hour; goes on
+# where it was stopped. Figure and tables alone: the second line.
+ELASTIC ?= results/elastic-cpu
+elastic-sweep: setup
+	$(BIN)/python -m loadtests.elastic_sweep --out $(ELASTIC)
+	$(BIN)/python -m loadtests.elastic_report $(ELASTIC) --figure docs/elastic.png --readme README.md
 
 # Minutes; fails when eos at budget 64 falls below the committed floor (loadtests/floor.json).
 bench-smoke: setup

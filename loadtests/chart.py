@@ -14,7 +14,7 @@ from loadtests.results import Results
 
 _COLUMNS = 3
 _MARKERS = "osD^vP"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -30,7 +30,7 @@ def draw(results: Results, file: Path) -> None:
     names, budgets, loads = results.scenarios, results.budgets, results.loads
     columns = min(_COLUMNS, len(names))
     shades = plt.get_cmap("viridis_r")
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             *(-(-len(names) // columns), columns),
             figsize=(3.2 * columns, 2.6 * -(-len(names) // columns) + 0.6),

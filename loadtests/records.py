@@ -99,6 +99,8 @@ class Record:
         if self.cause is not None:
             kept |= {"cause": self.cause, "detail": self.detail, "status": self.status}
         kept |= {"starter": self.starter, "cut": self.cut}
+        if self.right is not None:
+            kept["right"] = int(self.right)  # a False would be left out
         return {key: value for key, value in kept.items() if value is not None and value is not False and value != ""}
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,7 +32,8 @@ COUNTERS = {
 # Only these reasons mean that a request was answered; aborted ones are counted by the same family.
 _SUCCESS, _ANSWERED = "vllm:request_success_total", ("stop", "length")
 _CONFIG = "vllm:cache_config_info"
-_PREFIXES = tuple(name.removesuffix("_total") for name in (*GAUGES, *COUNTERS, _SUCCESS, _CONFIG))
+_BUDGETS = "eos_requests_total"
+_PREFIXES = tuple(name.removesuffix("_total") for name in (*GAUGES, *COUNTERS, _SUCCESS, _CONFIG, _BUDGETS))
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class Snapshot:
     Attributes:
         values: gauges and counters by their name in the results; what the page lacks is absent.
         blocks: KV blocks of the pool, the one that vLLM keeps for itself left out.
+        budgets: requests with images by retain budget; empty for a server without a profile.
     """
 
     values: dict[str, float]
     blocks: int | None = None
+    budgets: dict[str, float] = field(default_factory=dict)
 
 
 def parse_metrics(text: str) -> Snapshot:
@@ -58,6 +61,7 @@ def parse_metrics(text: str) -> Snapshot:
     lines = [line for line in text.splitlines() if line.startswith(_PREFIXES) or _type_line(line)]
     values: dict[str, float] = {}
     blocks = None
+    budgets: dict[str, float] = {}
     for family in text_string_to_metric_families("\n".join(lines) + "\n"):
         for sample in family.samples:
             name = GAUGES.get(sample.name) or COUNTERS.get(sample.name)
@@ -65,9 +69,11 @@ def parse_metrics(text: str) -> Snapshot:
                 values[name] = values.get(name, 0.0) + sample.value
             elif sample.name == _SUCCESS and sample.labels.get("finished_reason") in _ANSWERED:
                 values["answered"] = values.get("answered", 0.0) + sample.value
+            elif sample.name == _BUDGETS:
+                budgets[sample.labels["budget"]] = budgets.get(sample.labels["budget"], 0.0) + sample.value
             elif sample.name == _CONFIG and sample.labels.get("num_gpu_blocks", "None") != "None":
                 blocks = int(sample.labels["num_gpu_blocks"]) - 1
-    return Snapshot(values, blocks)
+    return Snapshot(values, blocks, budgets)
 
 
 def _type_line(line: str) -> bool:
@@ -138,11 +144,14 @@ class Watch:
         before = self.before.values if self.before else {}
         after = self.after.values if self.after else {}
         counters = [*COUNTERS.values(), "answered"]
+        earlier, later = (look.budgets if look else {} for look in (self.before, self.after))
+        budgets = {name: value - earlier.get(name, 0.0) for name, value in later.items()}
         return {
             "period": self.period,
             "missed": self.missed,
             "blocks": self.after.blocks if self.after else None,
             "rise": {name: after[name] - before.get(name, 0.0) for name in counters if name in after},
+            "budgets": {name: value for name, value in budgets.items() if value},
             "series": self.series,
         }
 

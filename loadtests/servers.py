@@ -32,6 +32,7 @@ class ServerSpec:
         max_model_len: longest prompt and answer, in tokens.
         dtype: of weights and KV cache.
         arguments: further flags of all.
+        eos_arguments: further flags of the eos server.
         environment: variables of all.
     """
 
@@ -41,11 +42,13 @@ class ServerSpec:
     max_model_len: int
     dtype: str = "float32"
     arguments: tuple[str, ...] = ()
+    eos_arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
     def flags(self, kind: Kind, profile_file: Path) -> list[str]:
         """Flags of ``vllm serve`` behind the model."""
-        own: dict[str, tuple[str, ...]] = {"eos": ("--eos-profile", str(profile_file)), RESTRICTED: RESTRICTED_FLAGS}
+        eos = ("--eos-profile", str(profile_file), *self.eos_arguments)
+        own: dict[str, tuple[str, ...]] = {"eos": eos, RESTRICTED: RESTRICTED_FLAGS}
         kv = [] if self.kv_bytes is None else ["--kv-cache-memory-bytes", str(self.kv_bytes)]
         return [
             *("--served-model-name", MODEL_NAME, "--dtype", self.dtype, *kv),

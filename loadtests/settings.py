@@ -28,6 +28,7 @@ class Workload:
             way when the window closes is cut off.
         window_requests: at least so many requests answered within the window of a closed loop.
         window_most: seconds after which the window closes all the same.
+        open_ramp: seconds in front of an open loop's window; half its length where None.
         ramp_most: seconds after which the window opens though not every user has had an answer; also how long an open
             loop waits for answers when its window has closed.
         prepare: visits whose images are encoded before the first request, where the run's length is not known.
@@ -60,6 +61,7 @@ class Workload:
     window: float | None = None
     window_requests: int = 1
     window_most: float = 60.0
+    open_ramp: float | None = None
     ramp_most: float = 180.0
     prepare: int = 256
     budgets: tuple[int, ...] = ()
@@ -97,7 +99,7 @@ class Workload:
         for name in ("requests", "prompt_characters"):
             if getattr(self, name) is not None:
                 at_least_one(name, getattr(self, name))
-        for name in ("rate", "seconds", "timeout", "window", "window_most", "ramp_most"):
+        for name in ("rate", "seconds", "timeout", "window", "window_most", "open_ramp", "ramp_most"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingError(name, value, "it must be above 0", "leave it out, or give a positive number")

@@ -2,7 +2,7 @@
 
 Closed loop: the window opens when every user's first request is over, and closes with the end of a visit once it holds
 enough seconds and answers. Users go on asking until then, so that the load is the same to the last moment. Open loop:
-it opens after half its length, and lasts its length; answers that are then still due are waited for.
+it opens after ``open_ramp`` or half its length, and lasts its length; answers that are then still due are waited for.
 """
 
 from typing import Any
@@ -28,6 +28,7 @@ class Window:
         self.full = True
         self._ramping = workload.concurrency
         self._answers = 0
+        self._open_ramp = _OPEN_RAMP * self.seconds if workload.open_ramp is None else workload.open_ramp
 
     def first_over(self, now: float) -> None:
         """A user's first request is over."""
@@ -52,7 +53,7 @@ class Window:
             return
         open_loop = self.workload.rate is not None
         if self.opened is None:
-            if open_loop and now >= _OPEN_RAMP * self.seconds:
+            if open_loop and now >= self._open_ramp:
                 self.opened = now
             elif not open_loop and now >= self.workload.ramp_most:
                 self.opened, self.full = now, False

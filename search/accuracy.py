@@ -52,6 +52,21 @@ def difference(rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str], 
     return _shares(rows, np.array(marks), seed)
 
 
+def relative(rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str], seed: int = 0) -> Share:
+    """Average accuracy of ``ours`` over that of ``theirs`` on the same questions; its interval is paired over images.
+
+    Both accuracies of a resample are of the same images, so that easy and hard draws cancel out.
+    """
+    values, drawn = [], []
+    for replies in (ours, theirs):
+        marks = np.array([is_right(r, row.answer) for r, row in zip(replies, rows, strict=True)], float)
+        _, each, resampled, _ = _resampled(rows, marks, seed)
+        values.append(float(each.mean()))
+        drawn.append(np.nanmean(resampled, axis=1))
+    low, high = np.nanpercentile(drawn[0] / drawn[1], (2.5, 97.5))
+    return Share(values[0] / values[1], float(low), float(high), len(rows))
+
+
 def chance(rows: Sequence[Row]) -> dict[str, float]:
     """Accuracy of guessing evenly among the answers that each question admits, per kind and on average.
 
@@ -68,7 +83,10 @@ def chance(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
-def _shares(rows: Sequence[Row], marks: np.ndarray, seed: int) -> dict[str, Share]:
+def _resampled(
+    rows: Sequence[Row], marks: np.ndarray, seed: int
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Kinds, mean mark of each, the same of each resample ``[RESAMPLES, kinds]``, and how many questions each has."""
     kinds = sorted({row.kind for row in rows})
     images = sorted({str(row.image_files) for row in rows})
     kind_of = np.array([kinds.index(row.kind) for row in rows])
@@ -80,11 +98,14 @@ def _shares(rows: Sequence[Row], marks: np.ndarray, seed: int) -> dict[str, Shar
     draws = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), RESAMPLES)
     with np.errstate(invalid="ignore"):
         drawn = (draws @ sums) / (draws @ counts)
-    values = sums.sum(axis=0) / counts.sum(axis=0)
+    return kinds, sums.sum(axis=0) / counts.sum(axis=0), drawn, counts.sum(axis=0)
+
+
+def _shares(rows: Sequence[Row], marks: np.ndarray, seed: int) -> dict[str, Share]:
+    kinds, values, drawn, counts = _resampled(rows, marks, seed)
     low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
     found = {
-        kind: Share(float(values[k]), float(low[k]), float(high[k]), int(counts[:, k].sum()))
-        for k, kind in enumerate(kinds)
+        kind: Share(float(values[k]), float(low[k]), float(high[k]), int(counts[k])) for k, kind in enumerate(kinds)
     }
     mean_low, mean_high = np.nanpercentile(np.nanmean(drawn, axis=1), (2.5, 97.5))
     found[AVERAGE] = Share(float(values.mean()), float(mean_low), float(mean_high), len(rows))

@@ -1,6 +1,6 @@
 """A prompt under a profile against the same prompt without one: both measures, KV memory, FLOPs and the ceiling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eos_vllm.analysis.cost import Geometry, PromptCost, flops_crossover, prompt_cost
@@ -102,6 +102,42 @@ def compare(
             block_size,
         ),
     )
+
+
+def held_reduced(
+    geometry: Geometry,
+    planner: Planner,
+    text_tokens: int,
+    output_tokens: int,
+    images: int,
+    budget: RetainBudget | None = None,
+    dtype: str = "float16",
+    block_size: int = 16,
+) -> PromptCost:
+    """What a request holds under the planner's profile once ``output_tokens`` tokens are generated; as :func:`compare`.
+
+    KV and blocks are of prompt and answer. FLOPs are no prefill's then; without an answer they are :func:`compare`'s.
+    """
+    entering = planner.image_tokens(budget)
+    spans = [ImageSpan(i * entering, entering) for i in range(images)]
+    plan = planner.plan(range(images * entering + text_tokens), spans, budget)
+    plan = replace(plan, prompt_length=plan.prompt_length + output_tokens)
+    return prompt_cost(geometry, plan, planner.profile.segment_layers(), dtype, block_size)
+
+
+def held_stock(
+    geometry: Geometry,
+    visual_tokens: int,
+    text_tokens: int,
+    output_tokens: int,
+    images: int,
+    dtype: str = "float16",
+    block_size: int = 16,
+) -> PromptCost:
+    """The same without a profile, of images of ``visual_tokens`` each."""
+    spans = tuple(ImageSpan(i * visual_tokens, visual_tokens) for i in range(images))
+    plan = RequestPlan(images * visual_tokens + text_tokens + output_tokens, spans, ((visual_tokens,),) * images)
+    return prompt_cost(geometry, plan, (geometry.num_decoder_layers,), dtype, block_size)
 
 
 def measured_by(profile: Profile, measure: BudgetMeasure, geometry: Geometry) -> Profile:

@@ -58,20 +58,25 @@ def free_port() -> int:
 
 @contextmanager
 def serve(
-    model: str | Path, arguments: Sequence[str], log: Path, environment: dict[str, str] | None = None
+    model: str | Path,
+    arguments: Sequence[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    port: int | None = None,
 ) -> Iterator[Server]:
-    """Runs ``vllm serve model arguments`` on a free loopback port for the length of a ``with`` block.
+    """Runs ``vllm serve model arguments`` on a loopback port for the length of a ``with`` block.
 
     Args:
         model: model directory or name.
         arguments: further flags.
         log: file that takes the server's output.
         environment: variables to set on top of this process'.
+        port: to listen on; a free one where None.
 
     Raises:
         ServerError: it ended while starting, or was not healthy after 300 s.
     """
-    port = free_port()
+    port = free_port() if port is None else port
     command = vllm_command("serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments)
     # Engines run in processes of their own here, whatever the caller's tests have set.
     variables = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(environment or {})}

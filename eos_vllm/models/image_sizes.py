@@ -1,5 +1,6 @@
 """How many visual tokens a model makes of an image, asked of the model's own processor."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,17 @@ def image_tokens(model: str | Path, width: int, height: int) -> int:
     Raises:
         SettingError: there is no processor, or it cannot tell.
     """
-    from transformers import AutoProcessor
-
     try:
-        processor: Any = AutoProcessor.from_pretrained(model)
+        processor = _processor(str(model))
         found = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
     except (OSError, ValueError, AttributeError, KeyError) as error:
         problem = f"its processor cannot tell the tokens of an image ({error})"
         raise SettingError("model", str(model), problem, "give --visual-tokens N") from None
     return int(found["num_image_tokens"][0])
+
+
+@lru_cache(maxsize=4)
+def _processor(model: str) -> Any:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(model)

@@ -155,6 +155,8 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
             ("request", "num_computed_tokens", "num_new_tokens", "encoder_compute_budget"),
         ),
         Takes(f"{_SCHEDULER}.make_stats", ("self",)),
+        Takes(f"{_SCHEDULER}.update_from_output", ("self", "scheduler_output")),
+        Has("vllm.v1.core.sched.output:SchedulerOutput", ("num_scheduled_tokens", "total_num_scheduled_tokens")),
         Takes("vllm.v1.core.encoder_cache_manager:EncoderCacheManager.free", ("self", "request")),
         Has("vllm.v1.core.sched.output", ("strip_covered_mm_data",)),
         Fields("vllm.v1.metrics.stats:SchedulerStats", (

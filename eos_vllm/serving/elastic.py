@@ -1,4 +1,4 @@
-"""Budgets that follow the load: each request gets one as it arrives, by what waits and what is free of the KV cache.
+"""Budgets that follow the load: each request gets one as it arrives, by the time that images take and free KV blocks.
 
 A server that falls behind can queue, or keep fewer tokens. The choice falls once, in the scheduler, and is written into
 the request as if the client had named it: the worker plans from the same number, a preempted request keeps it, and the
@@ -13,14 +13,15 @@ from typing import Any
 from eos_vllm.core.budget import RetainBudget, Share, parse_budget, tokens_of
 from eos_vllm.core.errors import BudgetError, SettingError
 from eos_vllm.core.plan import Planner
+from eos_vllm.serving.elastic_load import ImageLoad
 
 FLAG = "eos-elastic"
 # A request's own floor, in vllm_xargs.
 LEAST_FIELD = "eos_retain_min"
 _LEVELS = 4
-# Prompts that are not prefilled yet, from which on fewer tokens are kept, and arrivals in a row that found none, from
-# which on more are: it goes down fast and up slowly, so that a budget doesn't swing with every request.
-_BEHIND, _CALM = 2, 4
+# Share of an engine's time that prefilling may take for requests that find it busy: what is left is for the others, for
+# decoding, and for chance, by which many come at once. Going up needs a lower one, so that a budget doesn't swing.
+_SHARE, _UP = 0.35, 0.9
 # Share of the free KV blocks that may be promised to what waits.
 _PROMISED = 0.9
 # A chat's next turn finds its blocks under the budget of the last one. Images are remembered for so many arrivals.
@@ -66,30 +67,47 @@ class Elastic:
 
     Attributes:
         levels: budgets, the largest first.
-        blocks: KV blocks of a request with one image at each level.
+        blocks: KV blocks of a request with one image at each level. They are also what it costs in relation to others:
+            a token is cached in each layer that it meets.
+        load: what images take of the engine's time.
+        level: of the last request whose image was new.
+        seen: levels of images by their identifiers.
     """
 
     levels: Sequence[RetainBudget]
     blocks: Sequence[int]
+    load: ImageLoad = field(init=False)
     level: int = 0
-    calm: int = 0
     seen: OrderedDict[str, int] = field(default_factory=OrderedDict)
 
+    def __post_init__(self) -> None:
+        self.load = ImageLoad(self.blocks[0])
+
     def choose(
-        self, behind: int, free_blocks: int, images: Sequence[str] = (), least: RetainBudget | None = None
+        self,
+        now: float,
+        behind: int,
+        free_blocks: int,
+        images: Sequence[str] = (),
+        least: RetainBudget | None = None,
+        alone: bool = False,
     ) -> RetainBudget:
         """The budget of a request that arrives.
 
         Args:
+            now: seconds of a monotonic clock.
             behind: requests whose prompts are not prefilled yet.
             free_blocks: of the KV cache.
             images: identifiers of its images.
             least: its own floor.
+            alone: whether it found no other request, waiting or running.
         """
-        self._move(behind)
+        known = [self.seen[image] for image in images if image in self.seen]
+        if not known:  # what is known is likely to be cached: it costs little, and says nothing of the load
+            self.load.arrived(now, alone)
+            self.level = self._by_load(behind)
         fits = [i for i, blocks in enumerate(self.blocks) if (behind + 1) * blocks <= free_blocks * _PROMISED]
         level = max(self.level, fits[0] if fits else len(self.levels) - 1)
-        known = [self.seen[image] for image in images if image in self.seen]
         if known:
             level = min(known)
         if least is not None:
@@ -102,15 +120,15 @@ class Elastic:
             self.seen.popitem(last=False)
         return self.levels[level]
 
-    def _move(self, behind: int) -> None:
-        if behind >= _BEHIND:
-            self.level, self.calm = min(self.level + 1, len(self.levels) - 1), 0
-        elif behind:
-            self.calm = 0
-        else:
-            self.calm += 1
-            if self.calm >= _CALM:
-                self.level, self.calm = max(self.level - 1, 0), 0
+    def _by_load(self, behind: int) -> int:
+        """The largest budget at which images take no more than their share of time; by what waits until known."""
+        shares = [self.load.share(blocks, behind) for blocks in self.blocks]
+        for i, share in enumerate(shares):
+            if share is None:
+                return min(max(behind - 1, 0), len(shares) - 1)
+            if share <= _SHARE * (_UP if i < self.level else 1.0):
+                return i
+        return len(shares) - 1
 
 
 def least_of(extra_args: dict[str, Any] | None, planner: Planner) -> RetainBudget | None:

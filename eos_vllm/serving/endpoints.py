@@ -19,9 +19,12 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.logger import init_logger
 
 from eos_vllm.core.plan import Planner
+from eos_vllm.page.plan_routes import router as plan_router
+from eos_vllm.page.routes import add_page
 from eos_vllm.serving import request_checks
-from eos_vllm.serving.metrics import set_lost
+from eos_vllm.serving.metrics import set_lost, set_reduction_seconds
 from eos_vllm.serving.options import KEY, planner_of
+from eos_vllm.serving.plan_endpoint import plan_context
 from eos_vllm.serving.status import FrontEndStatus, Status, build_status
 
 # A probe within this time of the last one is answered with what that one found.
@@ -79,6 +82,8 @@ class Watch:
     def _tell(self, status: Status) -> None:
         for engine in status.engines:
             set_lost(engine.engine, any(worker.lost for worker in engine.workers))
+            if spent := [w.reduction_seconds for w in engine.workers if w.reduction_seconds is not None]:
+                set_reduction_seconds(engine.engine, max(spent))
         if status.reasons and (self.last is None or self.last.reasons != status.reasons):
             logger.error("eos: the reduction is not proved: %s", "; ".join(status.reasons))
 
@@ -118,9 +123,15 @@ class EosEndpoints:
     name = "eos"
     required_tasks = ("generate",)
 
+    def __init__(self, page: bool = False) -> None:
+        self.page = page
+
     def attach_router(self, app: FastAPI) -> None:
-        """Adds the route."""
+        """Adds the routes; those of the page where it is on."""
         app.include_router(router)
+        if self.page:
+            app.include_router(plan_router)
+            add_page(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Makes the guard, which vLLM has for paths of its own only, of the server's keys; and starts to watch."""
@@ -129,17 +140,22 @@ class EosEndpoints:
             raise RuntimeError("eos: endpoints were asked for in a server without a profile")
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         state.eos_guard = AuthenticationMiddleware(state, keys) if keys else None  # type: ignore[arg-type]
+        if self.page:
+            state.eos_plan = plan_context(engine_client.vllm_config)
         state.eos_watch = Watch(engine_client, planner, args.api_server_count or 1)
         state.eos_watching = asyncio.create_task(state.eos_watch.keep_on(), name="eos watch")
 
 
-def install_endpoints() -> None:
+def install_endpoints(page: bool = False) -> None:
     """Adds :class:`EosEndpoints` to the plugins that vLLM attaches to its app; called where a profile is active.
+
+    ``page`` says whether the page, and with it traces, are on.
 
     Symptom without it: no status, unless ``VLLM_PLUGINS`` is set. Cause and why not an entry point: see the module's
     text. Why safe: what vLLM found comes first, and vLLM attaches ours as it does those. Can go when vLLM lets a
     general plugin add routes.
     """
+    plugins.eos_page = page  # type: ignore[attr-defined]
     if getattr(plugins, "eos_installed", False):
         return
     plugins.eos_installed = True  # type: ignore[attr-defined]
@@ -148,6 +164,6 @@ def install_endpoints() -> None:
     @functools.wraps(load)
     def with_ours(supported_tasks: Any = None) -> list[Any]:
         serves = supported_tasks is not None and set(EosEndpoints.required_tasks) & set(supported_tasks)
-        return [*load(supported_tasks), *([EosEndpoints()] if serves else [])]
+        return [*load(supported_tasks), *([EosEndpoints(plugins.eos_page)] if serves else [])]  # type: ignore[attr-defined]
 
     plugins.load_endpoint_plugins = with_ours

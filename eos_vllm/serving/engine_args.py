@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.serving.hosts import TAKE_VIDEOS, host_of, model_classes
-from eos_vllm.serving.options import KEY, hand_to_processors, planner_of, resolve_options
+from eos_vllm.serving.options import KEY, hand_to_processors, has_page, planner_of, resolve_options
 
 WORKER_EXTENSION = "eos_vllm.serving.worker.EosWorkerExtension"
 _SCHEDULERS = {
@@ -98,6 +98,12 @@ def _with_flags(add_cli_args: Callable) -> Callable:
             help="Keep exactly the profile's counts instead of rounding what is removed to whole KV blocks; the KV of "
             "reduced prompts is then shared up to their first image only.",
         )
+        group.add_argument(
+            "--eos-page",
+            action="store_true",
+            help="Serve the page at /eos/, and record what is kept for requests that ask for it as "
+            'vllm_xargs: {"eos_trace": true}.',
+        )
         return parser
 
     return wrapped
@@ -108,14 +114,15 @@ def _with_values(from_cli_args: Callable) -> Callable:
     def wrapped(cls: type, args: Any) -> Any:
         engine_args = from_cli_args(cls, args)
         profile, retain = getattr(args, "eos_profile", None), getattr(args, "eos_retain", None)
-        elastic = getattr(args, "eos_elastic", None)
-        if profile is None and retain is None and elastic is None:
+        elastic, page = getattr(args, "eos_elastic", None), bool(getattr(args, "eos_page", False))
+        if profile is None and retain is None and elastic is None and not page:
             return engine_args
         engine_args.eos_from_cli = True
         engine_args.eos_chat_template = getattr(args, "chat_template", None)
         try:
             exact = bool(getattr(args, "eos_exact_counts", False))
-            options = resolve_options({"profile": profile, "retain": retain, "elastic": elastic, "exact_counts": exact})
+            given = {"profile": profile, "retain": retain, "elastic": elastic, "exact_counts": exact, "page": page}
+            options = resolve_options(given)
         except EosError as e:
             _exit(e)
         engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: options}
@@ -380,7 +387,7 @@ def _install(vllm_config: Any) -> None:
     install_request_checks()
     install_stat_logger()
     install_admission()
-    install_endpoints()
+    install_endpoints(has_page(vllm_config))
 
 
 def _check_selection(vllm_config: Any) -> None:

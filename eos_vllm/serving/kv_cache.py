@@ -1,12 +1,13 @@
 """A KV cache that really shrinks: one KV group per segment, with as many blocks as the plan says."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -176,6 +177,32 @@ def planned_blocks(kv_cache_config: KVCacheConfig, plan: RequestPlan | None, num
         cdiv(plan.segment_length(segment, num_tokens) if plan else num_tokens, group.kv_cache_spec.block_size)
         for segment, group in zip(segments_of_groups(kv_cache_config), kv_cache_config.kv_cache_groups, strict=True)
     ]
+
+
+def prefilled(
+    step: SchedulerOutput,
+    requests: Mapping[str, Request],
+    plans: Mapping[str, RequestPlan],
+    kv_cache_config: KVCacheConfig,
+) -> tuple[float, bool] | None:
+    """KV blocks of prompts with images that a step prefills, and whether others decode in it; None with text prompts.
+
+    A prompt that is prefilled in part, for it is chunked or begins with a cache hit, counts in proportion.
+    """
+    scheduled = step.num_scheduled_tokens
+    if step.total_num_scheduled_tokens == len(scheduled):
+        return 0.0, True
+    blocks, decoding = 0.0, False
+    for name, tokens in scheduled.items():
+        request = requests[name]
+        if request.num_computed_tokens - tokens >= request.num_prompt_tokens:
+            decoding = True
+        elif not request.mm_features:
+            return None
+        else:
+            whole = planned_blocks(kv_cache_config, plans.get(name), request.num_prompt_tokens)
+            blocks += sum(whole) * tokens / request.num_prompt_tokens
+    return blocks, decoding
 
 
 # At import, because a spec that arrives pickled in the engine core must find its manager there.

@@ -194,6 +194,12 @@ _COUNTERS = (
     ("kept", "eos_visual_tokens_kept", ("layer",), "Visual tokens it kept."),
     ("hit", "eos_prefix_hit_tokens", ("segment",), "Tokens taken over from the prefix cache, as the segment has them."),
     ("requests", "eos_requests", ("budget",), "Requests with images."),
+    (
+        "elastic",
+        "eos_elastic_requests",
+        ("place",),
+        "Requests whose budget the server chose.",
+    ),
     ("budget_images", "eos_budget_images", ("budget",), "Images prefilled with reduction."),
     ("budget_kept", "eos_budget_visual_tokens_kept", ("budget",), "Visual tokens left behind the last reducer."),
 )
@@ -209,6 +215,9 @@ def _metrics() -> dict[str, Any]:
         _REGISTERED["lost"] = Gauge(
             "eos_proof_lost", "1 where a worker has lost its proof.", ["engine"], multiprocess_mode="mostrecent"
         )
+        _REGISTERED["seconds"] = Gauge(
+            "eos_reduction_seconds", "Spent in reducers since start.", ["engine"], multiprocess_mode="mostrecent"
+        )
         _REGISTERED["refused"] = Counter("eos_requests_refused", "Requests that the plugin answered with a 400.")
     return _REGISTERED
 
@@ -221,6 +230,11 @@ def count_refused() -> None:
 def set_lost(engine: int, lost: bool) -> None:
     """Tells ``/metrics`` whether a worker of an engine has lost its proof."""
     _metrics()["lost"].labels(str(engine)).set(lost)
+
+
+def set_reduction_seconds(engine: int, seconds: float) -> None:
+    """Tells ``/metrics`` how long the reducers of an engine's slowest worker took."""
+    _metrics()["seconds"].labels(str(engine)).set(seconds)
 
 
 class WorkerLog:

@@ -22,6 +22,7 @@ from eos_vllm.core.reduction import image_query_weights, reduce_tokens
 from eos_vllm.serving.attention import convert
 from eos_vllm.serving.batch import BatchState
 from eos_vllm.serving.cached_keys import read_keys
+from eos_vllm.serving.clock import ReductionClock
 from eos_vllm.serving.lora_rows import LoraRows
 from eos_vllm.serving.metrics import Counters, WorkerLog
 from eos_vllm.serving.preselection import mean_over_ranks
@@ -75,6 +76,7 @@ class Reduction:
             ranks,
         )
         self.counters, self.planned = counters, Counters(len(self.profile.reducers))
+        self.clock = ReductionClock(self.device)
         self.rehearsal = "not run"
         self.log = WorkerLog(tuple(reducer.layer for reducer in self.profile.reducers))
         self.first = len(self.profile.reducers) - len(self.profile.inside)
@@ -171,10 +173,11 @@ class Reduction:
             table = self.batch.block_tables[attention.layer_name]
             key = torch.cat([key, *read_keys(attention, table, step.cached)])
         params, scale = self.profile.operator_params(reducer), attention.impl.scale
-        hidden, source = reduce_tokens(
-            *(before, seen["query"], key, step, weights, params, scale, self.options, positions),
-            image_text=image_text,
-        )
+        with self.clock.measure():
+            hidden, source = reduce_tokens(
+                *(before, seen["query"], key, step, weights, params, scale, self.options, positions),
+                image_text=image_text,
+            )
         # What went in is the plan's; what is gone is counted on the tensors, so that the count proves something.
         self.counters.count_tokens(self.first + reducer, step.tokens_in, step.tokens_in - len(before) + len(hidden))
         return hidden, source

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "eos"
-_FIELDS = {"profile", "retain", "source", "marker", "exact_counts", "example", "image_token", "elastic"}
+_FIELDS = {"profile", "retain", "source", "marker", "exact_counts", "example", "image_token", "elastic", "page"}
 _ANY = 1024
 
 
@@ -28,7 +28,8 @@ def resolve_options(raw: Any) -> dict[str, Any]:
     Returns:
         Plain data with ``profile`` (dict), ``source`` (str), ``retain`` (int or None), ``exact_counts`` (bool),
         ``marker`` (tokens of the chat template's generation prompt, None where not looked for yet), ``elastic`` (floor
-        and ceiling), and what is found out of the model: ``example`` (tokens of its largest image) and ``image_token``.
+        and ceiling), ``page`` (whether the page and traces are on), and what is found out of the model: ``example``
+        (tokens of its largest image) and ``image_token``.
         Resolving twice is harmless.
 
     Raises:
@@ -38,6 +39,8 @@ def resolve_options(raw: Any) -> dict[str, Any]:
         problem = f"unknown fields {sorted(unknown)}" if isinstance(raw, dict) else "it is no object"
         raise SettingError("additional_config.eos", raw, problem, 'give {"profile": ..., "retain": ...}')
     if raw.get("profile") is None:
+        if raw.get("page"):
+            raise SettingError("eos-page", True, "a page without a profile", "give --eos-profile as well")
         raise SettingError(
             "eos-retain", raw.get("retain"), "a budget without a profile", "give --eos-profile (or eos.profile) as well"
         )
@@ -69,6 +72,7 @@ def resolve_options(raw: Any) -> dict[str, Any]:
         "example": raw.get("example"),
         "image_token": raw.get("image_token"),
         "exact_counts": bool(raw.get("exact_counts", False)),
+        "page": bool(raw.get("page", False)),
         "marker": None if marker is None else list(marker),
     }
 
@@ -102,6 +106,12 @@ def _planner(options: str, block_size: int) -> Planner:
     low_high = data["elastic"]
     elastic = None if low_high is None else (parse_budget(low_high[0]), parse_budget(low_high[1]))
     return Planner(profile, retain, block, data["marker"] or (), data["example"], data["image_token"], elastic)
+
+
+def has_page(vllm_config: "VllmConfig") -> bool:
+    """Whether the page, and with it traces, are on (``--eos-page``)."""
+    config = vllm_config.additional_config
+    return bool(isinstance(config, dict) and (config.get(KEY) or {}).get("page"))
 
 
 def reads_cached_keys(vllm_config: "VllmConfig") -> bool:

@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.distributed import get_pp_group
 from vllm.forward_context import set_forward_context
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
+from vllm.sequence import IntermediateTensors
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from eos_vllm.core.plan import ImageSpan, RequestPlan
 from eos_vllm.serving.batch import StepEntry
+from eos_vllm.serving.clock import ReductionClock
 from eos_vllm.serving.kv_cache import planned_blocks, segments_of_groups
 from eos_vllm.serving.metrics import Counters
 
@@ -76,19 +79,23 @@ def rehearse_memory(runner: Any, reduction: Any) -> None:
     """Runs the reducing pass of the largest step without a KV cache, within vLLM's memory profile."""
     scheduler = runner.scheduler_config
     made = largest_step(reduction.planner, runner.max_num_tokens, scheduler.max_num_seqs, runner.max_model_len)
-    if reduction.stages > 1 or not any(request.plan.reduces for request in made):
+    if not any(request.plan.reduces for request in made):
         return
-    batch, weights = reduction.batch, reduction.decoder.norm.weight
-    tokens = sum(request.tokens for request in made)
+    batch, width = reduction.batch, runner.model_config.get_hidden_size()
+    tokens, like = sum(request.tokens for request in made), {"dtype": runner.dtype, "device": runner.device}
     batch.take_images([StepEntry(r.name, r.plan, 0, r.tokens) for r in made])
     with (
         _counted_apart(reduction),
         torch.inference_mode(),
         set_forward_context(None, runner.vllm_config, num_tokens=tokens),
     ):
-        embeds = torch.zeros(tokens, weights.shape[0], dtype=weights.dtype, device=weights.device)
-        positions = torch.arange(tokens, device=weights.device)
-        reduction.forward(positions.expand(3, -1) if reduction.mrope else positions, embeds)
+        embeds = received = None
+        if reduction.layers.start:  # what the stage before would send
+            received = runner.get_model().make_empty_intermediate_tensors(tokens, **like)
+        else:
+            embeds = torch.zeros(tokens, width, **like)
+        positions = torch.arange(tokens, device=runner.device)
+        reduction.forward(positions.expand(3, -1) if reduction.mrope else positions, embeds, received)
     batch.take_images([])
 
 
@@ -109,23 +116,19 @@ def rehearse(runner: Any, reduction: Any, encoder_outputs: dict[str, torch.Tenso
         ),
         runner.kv_cache_config,
     )
-    if reduction.stages > 1:
-        reduction.rehearsal = "left out: a pipeline stage cannot run alone"
-        return
     if not any(request.plan.reduces for request in made):
         reduction.rehearsal = "left out: the server's own budget reduces no image that fits a step"
         return
-    hidden = reduction.decoder.norm.weight
     visual = reduction.planner.image_tokens()
     # As if the vision tower had run: vLLM profiles that itself.
-    encoder_outputs[_IMAGE] = torch.zeros(visual, reduction.row_width, dtype=hidden.dtype, device=hidden.device)
+    encoder_outputs[_IMAGE] = torch.zeros(visual, reduction.row_width, dtype=runner.dtype, device=runner.device)
     step = SchedulerOutput.make_empty()
     step.scheduled_new_reqs = [_request(request) for request in made]
     step.num_scheduled_tokens = {request.name: request.tokens for request in made}
     step.total_num_scheduled_tokens = sum(request.tokens for request in made)
     step.num_common_prefix_blocks = [0] * len(runner.kv_cache_config.kv_cache_groups)
     with _counted_apart(reduction):
-        runner.execute_model(step)
+        _stage(runner, step)
         _check(runner, reduction, made)
         runner.sample_tokens(None)
     encoder_outputs.pop(_IMAGE)
@@ -135,15 +138,28 @@ def rehearse(runner: Any, reduction: Any, encoder_outputs: dict[str, torch.Tenso
     reduction.rehearsal = f"passed: {len(made)} images in a step of {step.total_num_scheduled_tokens} tokens"
 
 
+def _stage(runner: Any, step: SchedulerOutput) -> None:
+    """Runs a step, between the stages in front of this one and behind it: all of them rehearse at the same time."""
+    stages = get_pp_group()
+    received = None
+    if not stages.is_first_rank:
+        tensors = stages.recv_tensor_dict()
+        assert tensors is not None
+        received = IntermediateTensors(tensors)
+    sent = runner.execute_model(step, received)
+    if isinstance(sent, IntermediateTensors):
+        stages.send_tensor_dict(sent.tensors)
+
+
 @contextmanager
 def _counted_apart(reduction: Any) -> Iterator[None]:
-    """Within the block the worker counts for the rehearsal alone."""
-    counters = reduction.counters
-    reduction.counters = Counters(len(reduction.profile.reducers))
+    """Within the block the worker counts, and takes the time, for the rehearsal alone."""
+    counters, clock = reduction.counters, reduction.clock
+    reduction.counters, reduction.clock = Counters(len(reduction.profile.reducers)), ReductionClock(reduction.device)
     try:
         yield
     finally:
-        reduction.counters = counters
+        reduction.counters, reduction.clock = counters, clock
 
 
 def _with_blocks(made: list[MadeUp], kv_cache_config: Any) -> list[MadeUp]:
@@ -178,14 +194,18 @@ def _request(made: MadeUp) -> NewRequestData:
 
 
 def _check(runner: Any, reduction: Any, made: list[MadeUp]) -> None:
-    inside = len(reduction.profile.inside)
-    kept = [sum(r.plan.kept[0][i] - len(r.plan.spans[0].text) for r in made) for i in range(inside + 1)]
-    counters = reduction.counters
-    done = counters.images, counters.tokens_in[-inside:], counters.tokens_kept[-inside:]
-    if done != (len(made), kept[:-1], kept[1:]):
+    counters, plans = reduction.counters, [r.plan for r in made]
+    done = counters.images, counters.tokens_in[reduction.first :], counters.tokens_kept[reduction.first :]
+    # A stage counts for its own reducers, the last one counts the images.
+    own = [layer in reduction.layers for layer in reduction.profile.layers]
+    kept = [sum(p.kept[0][i] - len(p.spans[0].text) for p in plans) for i in range(len(own) + 1)]
+    before, after = ([n * here for n, here in zip(counts, own, strict=True)] for counts in (kept[:-1], kept[1:]))
+    if done != (len(made) * reduction.is_last_stage, before, after):
         raise RuntimeError(f"eos: rehearsal: {kept} visual tokens were planned, the reducers did {counters.to_dict()}")
     config = runner.kv_cache_config
     for group, segment in enumerate(segments_of_groups(config)):
+        if not config.kv_cache_groups[group].layer_names:
+            continue  # its layers are another stage's
         lengths = [r.plan.segment_length(segment, r.tokens) for r in made]
         if (built := reduction.batch.geometry_of(segment).num_tokens) != sum(lengths):
             raise RuntimeError(f"eos: rehearsal: segment {segment} attends to {built} tokens, planned {sum(lengths)}")

@@ -1,6 +1,5 @@
 """The front end's check of requests: a mistake is a 400 to its sender, before it can touch anything else."""
 
-import asyncio
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from eos_vllm.serving.image_processor import budget_for_rendering
 from eos_vllm.serving.metrics import count_refused
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.requests import budget_of, image_spans, plan_of_features
+from eos_vllm.serving.unsent_images import UnsentImages
 
 
 @dataclass
@@ -67,14 +67,16 @@ def install_request_checks() -> None:
         SEEN.checked += 1
         with counted_refusals():
             check_params(planner, params)
-        with budget_for_rendering(budget_of(params) if isinstance(params, SamplingParams) else None):
-            request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        unsent = _unsent_of(self)
         try:
+            with budget_for_rendering(budget_of(params) if isinstance(params, SamplingParams) else None):
+                request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+            unsent.complete(request)
             with counted_refusals():
                 check_image_tokens(planner, request)
                 check_request(planner, request, _longest_step(self.vllm_config))
-        except VLLMValidationError:
-            forget_sent_images(self.renderer)
+        except (VLLMValidationError, ValueError):  # ours, and vLLM's own
+            unsent.refuse(prompt)
             raise
         return request
 
@@ -105,20 +107,6 @@ def install_request_checks() -> None:
     install_image_budget()
 
 
-def forget_sent_images(renderer: Any) -> None:
-    """Lets the front end send images again, after a request with images was refused.
-
-    Symptom: the next request with the same image fails with "cache miss". Cause: vLLM's front end takes the images of a
-    rendered prompt for sent. Why safe: it is a cache, emptied where vLLM renders, in order. Can go with the refusals
-    behind rendering.
-    """
-    emptied = renderer._mm_executor.submit(renderer.clear_mm_cache)
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        emptied.result()  # no event loop here that waiting would hold up
-
-
 def _longest_step(vllm_config: Any) -> int:
     """Tokens that a step can hold."""
     scheduler = vllm_config.scheduler_config
@@ -132,6 +120,15 @@ def _planner_of(processor: InputProcessor) -> Planner | None:
     except AttributeError:
         processor.eos_planner = planner_of(processor.vllm_config)  # type: ignore[attr-defined]
         return processor.eos_planner  # type: ignore[attr-defined]
+
+
+def _unsent_of(processor: InputProcessor) -> UnsentImages:
+    """Images of the requests that this processor refused."""
+    try:
+        return processor.eos_unsent  # type: ignore[attr-defined]
+    except AttributeError:
+        processor.eos_unsent = UnsentImages(processor.renderer)  # type: ignore[attr-defined]
+        return processor.eos_unsent  # type: ignore[attr-defined]
 
 
 def check_body(planner: Planner, body: Any) -> None:

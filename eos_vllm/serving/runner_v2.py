@@ -44,7 +44,8 @@ def hook_v2_runner() -> None:
             before.rehearse()
         result = initialize(self, *args, **kwargs)
         if reduction := self.get_model().eos:
-            rehearse(self, reduction, self.encoder_cache.encoder_outputs)
+            cache = self.encoder_cache  # the first stage's alone
+            rehearse(self, reduction, {} if cache is None else cache.encoder_outputs)
         return result
 
     @functools.wraps(profile)

@@ -1,5 +1,6 @@
 """Schedulers that know each request's plan, so that the KV managers allocate by it."""
 
+import time
 from typing import Any
 
 from vllm.logger import init_logger
@@ -20,7 +21,7 @@ from eos_vllm.serving.contract import check_contract
 from eos_vllm.serving.coordinator import adopt
 from eos_vllm.serving.counting import count_selected
 from eos_vllm.serving.elastic import Elastic, least_of, levels
-from eos_vllm.serving.kv_cache import planned_blocks
+from eos_vllm.serving.kv_cache import planned_blocks, prefilled
 from eos_vllm.serving.metrics import Counters, pack_stats
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.prefix_cache import RequestKeys
@@ -30,6 +31,8 @@ from eos_vllm.serving.requests import plan_of_features
 from eos_vllm.serving.watch import PLANNED
 
 logger = init_logger("vllm.eos")
+# On a scheduler's output: when it was made, and what it prefills.
+_BEGAN = "eos_began"
 
 
 class EosSchedulerMixin(Scheduler):
@@ -55,6 +58,7 @@ class EosSchedulerMixin(Scheduler):
         self._selects = planner.profile.before is not None
         self._unreduced: set[str] = set()  # requests whose images are not all in
         self.chosen: dict[str, int | float | str] = {}
+        self._stepped = 0.0  # when the last step ended
         self.elastic = elastic_of(planner, self.kv_cache_config)
         logger.info("eos: %s", startup_report(planner, self.vllm_config, self.kv_cache_config))
 
@@ -71,6 +75,9 @@ class EosSchedulerMixin(Scheduler):
                 )
                 plan = plan if plan.reduces else None
                 self.by_budget.request(request.sampling_params)
+            if self.elastic is not None and request.mm_features and name not in self.chosen:
+                blocks = sum(planned_blocks(self.kv_cache_config, plan, request.num_prompt_tokens))
+                self.elastic.load.arrived(time.monotonic(), not (self.waiting or self.running), blocks)
             if plan is not None:
                 self.plans[name] = plan
                 self._unreduced.add(name)
@@ -85,14 +92,19 @@ class EosSchedulerMixin(Scheduler):
         if params is None or (extra and REQUEST_FIELD in extra):
             return
         behind = len(self.waiting) + sum(r.num_computed_tokens < r.num_prompt_tokens for r in self.running)
-        images = [feature.identifier for feature in request.mm_features if feature.modality == "image"]
+        alone, images = not (self.waiting or self.running), []
+        if self.cache_config.enable_prefix_caching:
+            images = [feature.identifier for feature in request.mm_features if feature.modality == "image"]
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         try:
             least = least_of(extra, self.planner)
         except BudgetError as e:  # past the front end's check; an exception here would end the engine for everybody
             logger.warning("eos: %s; the request has no floor of its own", e)
             least = None
-        budget = plain(elastic.choose(behind, free, images, least))
+        chosen = elastic.choose(time.monotonic(), behind, free, images, least, alone)
+        place = {elastic.levels[0]: "ceiling", elastic.levels[-1]: "floor"}.get(chosen, "between")
+        self.counters.add("elastic", place, 1)
+        budget = plain(chosen)
         params.extra_args = {**(extra or {}), REQUEST_FIELD: budget}
         self.chosen[request.request_id] = budget
 
@@ -132,7 +144,20 @@ class EosSchedulerMixin(Scheduler):
         if planned is not None:
             self.counters.join(planned)
             setattr(step, PLANNED, planned)  # travels to the workers, who compare what they did
+        if self.elastic is not None:
+            prefills = prefilled(step, self.requests, self.plans, self.kv_cache_config)
+            setattr(step, _BEGAN, (time.monotonic(), prefills))
         return step
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; where budgets follow the load, learns from how long the step took."""
+        if self.elastic is not None and (noted := getattr(scheduler_output, _BEGAN, None)) is not None:
+            (began, blocks), now = noted, time.monotonic()
+            # A step that was scheduled while the one before ran begins where that ended.
+            seconds, self._stepped = now - max(began, self._stepped), now
+            if blocks is not None and scheduler_output.num_scheduled_tokens:
+                self.elastic.load.stepped(seconds, *blocks)
+        return super().update_from_output(scheduler_output, *args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """As vLLM's, with the counts of this plugin on board (see :mod:`eos_vllm.serving.metrics`)."""

@@ -51,6 +51,7 @@ class WorkerStatus(BaseModel):
     backends: list[str] = Field(default=[], description="their attention backends, each once")
     planned: Counts | None = Field(default=None, description="what the scheduler told it to do within the decoder")
     done: Counts | None = Field(default=None, description="what it did")
+    reduction_seconds: float | None = Field(default=None, description="spent in reducers within the decoder")
     lost: list[str] = Field(description="what no longer proves its reduction")
 
 
@@ -115,6 +116,7 @@ def worker_status(report: Mapping[str, Any]) -> WorkerStatus:
         backends=sorted(set(report.get("backends", []))),
         planned=report.get("planned"),
         done=Counts(**counts) if counts else None,
+        reduction_seconds=report.get("reduction_seconds"),
         lost=report["lost"],
     )
 

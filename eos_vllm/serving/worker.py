@@ -34,6 +34,7 @@ class EosWorkerExtension:
             "segments": [layer.eos_segment for layer in reduction.attention.values()],
             "backends": [layer.attn_backend.__name__ for layer in reduction.attention.values()],
             "rehearsal": reduction.rehearsal,
+            "reduction_seconds": reduction.clock.seconds(),
             "lost": [*report["lost"], *what_is_lost(reduction, layers)],
         }
 

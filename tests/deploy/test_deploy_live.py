@@ -39,6 +39,7 @@ NOT_YET = set() if HAS_STATUS else {"eos_proof_lost"}  # comes with GET /eos/sta
 # Rates of these are 0 over 0 where nothing was counted within the window.
 SECONDS_OF_TRAFFIC = 12.0
 DRAIN = "30"
+ELASTIC = "16:32"  # has metrics of its own
 KEY = "a key"
 # vLLM's own, that stand in its middleware.
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
@@ -48,7 +49,9 @@ GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("live") / "log"
     variables = container_variables() | {"VLLM_API_KEY": KEY}
-    with serve(embedded.path(), [*image_command()[1:], "--shutdown-timeout", DRAIN], log, variables) as running:
+    with serve(
+        embedded.path(), [*image_command()[1:], "--shutdown-timeout", DRAIN, "--eos-elastic", ELASTIC], log, variables
+    ) as running:
         yield running
 
 

@@ -77,7 +77,7 @@ def test_a_server_without_metrics_is_no_failure() -> None:
 
     with Watch("http://x", period=1000, read=gone) as watch:
         pass
-    assert watch.to_dict() == {"period": 1000, "missed": 2, "blocks": None, "rise": {}, "series": {}}
+    assert watch.to_dict() == {"period": 1000, "missed": 2, "blocks": None, "rise": {}, "budgets": {}, "series": {}}
 
 
 def test_looks_come_by_themselves() -> None:

@@ -60,6 +60,7 @@ def test_pipeline_parallel(model: Path, alone: Any, tmp_path: Path, partition: s
         tmp_path, model, PROFILE, ASKS, variables, pipeline_parallel_size=2, max_num_batched_tokens=2048
     )
     assert_same(run.answers, alone[0])
+    assert [report["rehearsal"].split(":")[0] for report in run.reports] == ["passed"] * 2
     kept = [sum(counts) for counts in zip(*(report["tokens_kept"] for report in run.reports), strict=True)]
     assert kept == alone[1]["tokens_kept"]
 

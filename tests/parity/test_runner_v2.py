@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from eos_vllm.models.tiny import write_tiny_model
 from support.alone import answers_alone, asks_of, assert_same
 from support.engines import answer_all, engine
 from support.profiles import make_profile
@@ -31,6 +32,18 @@ def test_answers_are_those_of_v1(tiny_model: Path, tmp_path: Path) -> None:
     assert run.reports[0]["asynchronous"]
     with engine(tiny_model, PROFILE) as llm:
         assert_same(run.answers, answer_all(llm, asks_of(*asks)))
+
+
+def test_pipeline_parallel(tmp_path: Path) -> None:
+    """Only the first stage has an encoder cache; both rehearse."""
+    model = write_tiny_model(tmp_path / "even", vision_attention_heads=4)
+    variables = environment() | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    run = answers_alone(
+        tmp_path, model, PROFILE, (5, 8), variables, pipeline_parallel_size=2, max_num_batched_tokens=2048
+    )
+    assert [report["rehearsal"].split(":")[0] for report in run.reports] == ["passed"] * 2
+    with engine(model, PROFILE) as llm:
+        assert_same(run.answers, answer_all(llm, asks_of(5, 8)))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eos_search.accuracy import AVERAGE, accuracy, chance, difference, loyalty
+from eos_search.accuracy import AVERAGE, Share, accuracy, chance, difference, loyalty, relative
 from eos_vllm.cluttervqa import Row
 
 
@@ -75,3 +75,15 @@ def test_chance_needs_the_number_of_answers():
     assert chance(rows) == {"presence": 0.5, "other": 0.5, AVERAGE: 0.5}
     unknown = Row("x", "free", "?", "yes", (Path("x.png"),), ())
     assert chance([*rows, unknown]) == {"presence": 0.5, "other": 0.5}
+
+
+def test_what_is_kept_of_an_accuracy_is_paired():
+    rows = rows_for(["yes"] * 300, per_image=1)
+    stock = ["yes"] * 240 + ["no"] * 60
+    assert relative(rows, stock, stock) == Share(1.0, 1.0, 1.0, 300)
+    ours = ["yes"] * 216 + ["no"] * 84  # wrong wherever stock is, and 24 times more
+    found = relative(rows, ours, stock)
+    assert found.value == pytest.approx(0.9)
+    # Of the images that stock is right about, alone: 1.96 * sqrt(0.9 * 0.1 / 240) on either side.
+    assert (found.low, found.high) == pytest.approx((0.862, 0.938), abs=0.005)
+    assert found.high - found.low < accuracy(rows, ours)["presence"].high - accuracy(rows, ours)["presence"].low

@@ -239,3 +239,16 @@ def test_the_command_says_one_line_and_no_traceback(tiny_model: Path, profile_fi
     assert done.returncode == 2
     assert "eos-vllm: error: enable-dbo=True" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_the_page_is_off_without_its_flag(tiny_model: Path, profile_file: Path) -> None:
+    options = configure(tiny_model, ["--eos-profile", str(profile_file)]).additional_config["eos"]
+    assert options["page"] is False
+    with_page = configure(tiny_model, ["--eos-profile", str(profile_file), "--eos-page"])
+    assert with_page.additional_config["eos"]["page"] is True
+
+
+def test_a_page_needs_a_profile(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(tiny_model, ["--eos-page"], capsys)
+    assert "eos-page" in line
+    assert "--eos-profile" in line

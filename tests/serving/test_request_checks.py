@@ -1,15 +1,19 @@
 """What the front end refuses of a request, before anything is made of it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 
 from eos_vllm.core.plan import Planner
+from eos_vllm.models.images import sample_image
 from eos_vllm.serving.request_checks import check_body, check_request
 from eos_vllm.serving.requests import plan_of_features
+from support.engines import engine
 from support.profiles import make_profile
 
 ASKED_BY_ALL = Planner(make_profile(), block=32)
@@ -80,3 +84,18 @@ def test_log_probabilities_of_a_reduced_prompt_from_any_front_end() -> None:
     slipped = made(False, 1, logprobs=0)
     plan = plan_of_features(ASKED_BY_ALL, slipped.prompt_token_ids, slipped.mm_features, slipped.sampling_params)
     assert not plan.reduces
+
+
+def test_offline_beams_over_images(tiny_model: Path) -> None:
+    """Refused where the beam itself would ask; with text alone, and where only the turn asks, vLLM searches."""
+    params = BeamSearchParams(beam_width=2, max_tokens=4)
+    text = {"prompt": "USER: What? ASSISTANT:"}
+    image = {"prompt": "USER: <image>\nWhat? ASSISTANT:", "multi_modal_data": {"image": sample_image(3)}}
+    with engine(tiny_model, make_profile()) as llm:
+        with pytest.raises(VLLMValidationError, match="beam_search: with images"):
+            llm.beam_search([image], params)
+        assert len(llm.beam_search([text], params)[0].sequences) == 2
+    with engine(tiny_model, make_profile(schema="eos-profile/2")) as llm:
+        (found,) = llm.beam_search([image], params)
+        assert len(found.sequences) == 2
+        assert llm.collective_rpc("eos_report")[0]["images"] >= 1

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.serving
 PROFILE = make_profile(operator_values={"gamma": 0.2, "tau": 0.3, "theta": 0.1, "rho": 0.4, "nu": 0.2})
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(128 << 20)]
 FLAGS += ["--served-model-name", "tiny", "--block-size", "32", "--limit-mm-per-prompt", '{"image": 2}']
+FLAGS += ["--max-num-batched-tokens", "1280"]  # two images and a short question
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +214,21 @@ def test_counts_stand_in_metrics_and_log(client: openai.OpenAI, server: Server) 
     assert re.search(r"eos: engine 000: \d+ images; visual tokens in->kept per reducer \d+->\d+", log)
     assert re.search(r"eos: this worker reduced \d+ images since start: visual tokens \d+->\d+ after layer 1", log)
     assert "Traceback" not in log
+
+
+def test_a_refusal_harms_no_request_with_the_same_image(client: openai.OpenAI) -> None:
+    """Several prompts are rendered before it is known that the first one's images and text fit no step."""
+
+    def status(question: str, *seeds: int) -> int:
+        try:
+            chat(client, messages(question, *seeds), max_tokens=1)
+        except openai.APIStatusError as e:
+            return e.status_code
+        return 200
+
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        for seed in range(500, 508):
+            refused = pool.submit(status, "What? " * 40, seed, seed + 100)
+            others = [pool.submit(status, "What is it?", seed) for _ in range(4)]
+            assert refused.result() == 400
+            assert [other.result() for other in others] == [200] * 4

@@ -72,6 +72,11 @@ def status_when(server: Server, holds: Callable[[int, Any], bool]) -> tuple[int,
     return found
 
 
+def test_nothing_of_the_page_is_there_without_its_flag(server: Server) -> None:
+    for path in ("/eos/choices", "/eos/plan"):
+        assert get(server, path)[0] == 404
+
+
 def in_workers(server: Server, method: str, *args: str) -> None:
     body = json.dumps({"method": method, "args": args}).encode()
     request = urllib.request.Request(f"{server.url}/collective_rpc", body, {"Content-Type": "application/json"})

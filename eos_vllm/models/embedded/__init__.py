@@ -3,6 +3,7 @@
 `eos_search.training` makes it (``make embedded-model``); its model card stands beside the weights.
 """
 
+import filecmp
 from pathlib import Path
 
 from eos_vllm.cluttervqa import WORDS
@@ -27,6 +28,15 @@ SHAPE = LlavaShape(
     vocab_size=FIRST_FREE_ID + 2 + len(word_pieces(WORDS)),
 )
 _FILES = Path(__file__).parent / "files"
+
+
+def is_this(model: str | Path) -> bool:
+    """Whether a model directory holds the embedded model's very weights."""
+    theirs, ours = Path(model) / "model.safetensors", _FILES / "model.safetensors"
+    try:
+        return filecmp.cmp(theirs, ours, shallow=False)  # which compares sizes first
+    except OSError:
+        return False
 
 
 def path() -> Path:

@@ -1,0 +1,1 @@
+"""The page about a running server, and what it shows."""
