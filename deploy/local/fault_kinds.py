@@ -79,7 +79,7 @@ async def fill_disk(scene: Scene, _: Crowd) -> None:
                 out.write(b"\0" * 4096)
     except OSError as e:
         scene.say(f"the log volume is full: {e.strerror}")
-        scene.notes["log volume"] = f"tmpfs of {LOG_BYTES >> 10} KiB: {e.strerror}"
+        scene.notes["log volume"] = f"tmpfs of {LOG_BYTES >> 20} MiB: {e.strerror}"
     await asyncio.sleep(10)
 
 

@@ -1,10 +1,11 @@
 """How a fault is played out: a full stack, the fault, what clients get meanwhile, and when all is well again."""
 
 import asyncio
+import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ RECOVER_SECONDS = 300.0
 QUIET_SECONDS = 10.0
 AFTER = 20
 NAME, REPLICA = "replica-1", stack.REPLICAS[0]
-LOG_BYTES = 1 << 20
+# Room for the logs of all faults but the one that fills it.
+LOG_BYTES = 64 << 20
 
 
 @dataclass
@@ -162,28 +164,39 @@ class Fault:
         """Flags of the replicas."""
         return self.more.format(n=max(1, in_flight // 8), t=max(1, in_flight // 8) * 700)
 
-    @contextmanager
-    def prepared(self, folder: Path) -> Iterator[tuple[str, Path | None]]:
-        """Profile and folder of logs."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.own == "profile":
-            source = stack.HERE.parents[1] / "eos_vllm" / "profiles" / "embedded-searched.json"
-            file = folder / "theta.json"
-            file.write_bytes(source.read_bytes())
-            yield str(file), None
-        elif self.own == "disk":
-            disk = folder / "disk"
-            disk.mkdir(exist_ok=True)
-            mount = ["mount", "-t", "tmpfs", "-o", f"size={LOG_BYTES}", "tmpfs", str(disk)]
-            mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-            if mounted.returncode:
-                raise stack.StackError(f"the small disk cannot be mounted ({mounted.stderr.strip()}); run it as root")
-            try:
-                yield "embedded-searched", disk
-            finally:
-                subprocess.run(["umount", "--lazy", str(disk)], check=True)
-        else:
-            yield "embedded-searched", None
+
+@contextmanager
+def prepared(folder: Path, own: Collection[str]) -> Iterator[tuple[str, Path | None]]:
+    """Profile and folder of logs for a stack.
+
+    Args:
+        folder: of the stack.
+        own: what its faults need: ``profile``, ``disk``.
+
+    Raises:
+        StackError: the small disk cannot be mounted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    profile = "embedded-searched"
+    if "profile" in own:
+        source = stack.HERE.parents[1] / "eos_vllm" / "profiles" / f"{profile}.json"
+        profile = str(folder / "theta.json")
+        Path(profile).write_bytes(source.read_bytes())
+    if "disk" not in own:
+        yield profile, None
+        return
+    disk = folder / "disk"
+    disk.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={LOG_BYTES}", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        raise stack.StackError(f"the small disk cannot be mounted ({mounted.stderr.strip()}); run it as root")
+    try:
+        yield profile, disk
+    finally:
+        for log in disk.glob("*.log"):
+            shutil.copy(log, folder)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def is_ready(url: str) -> bool:

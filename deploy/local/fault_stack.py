@@ -85,6 +85,8 @@ def write_configuration(flags: str, profile: str, logs: Path) -> Path:
         program["stdout_logfile"] = str(logs / f"{name}.log")
         # A log that is turned over would hide what a full disk does to the one that is written.
         program["stdout_logfile_maxbytes"] = "0"
+        # When all is over nothing is under way that a drain could save.
+        program["stopwaitsecs"] = "10"
     router = source["program:router"]
     router["command"] = " ".join(router["command"].split())
     file = stack.FOLDER / "faults.conf"

@@ -1,9 +1,9 @@
 """Faults with 200 requests in flight, on two replicas behind the real router: what clients get, how long it takes.
 
-``make faults``, or ``PYTHONPATH=. python deploy/local/faults.py [NAME ...]`` (names: ``FAULTS``). Each fault has a
-stack of its own. Exit code 1 where an answer was wrong, ended as if it were whole and was not, or never came, or where
-a replica did not recover. Raw results: ``--out``; all that it prints goes into ``--log`` as well; ``--page`` puts the
-table in.
+``make faults``, or ``PYTHONPATH=. python deploy/local/faults.py [NAME ...]`` (names: ``FAULTS``). Faults that need the
+same flags come one after the other on one stack, each when the one before is over and the replica has recovered. Exit
+code 1 where an answer was wrong, ended as if it were whole and was not, or never came, or where a replica did not
+recover. Raw results: ``--out``; all that it prints goes into ``--log`` as well; ``--page`` puts the table in.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import fault_table
 import stack
 from fault_client import LOST_SILENTLY, Case, cases, known_right
 from fault_kinds import FAULTS
-from fault_scene import Scene
+from fault_scene import Scene, prepared
 
 from eos_vllm.provenance import provenance
 
@@ -56,31 +56,48 @@ def problems(result: dict[str, Any]) -> list[str]:
     return found + result.get("problems", [])
 
 
-def run(name: str, args: argparse.Namespace, known: list[Case], say: Log) -> tuple[dict[str, Any], list[Case]]:
-    """One fault from start to end; the questions that are known to be answered right, asked of the first stack."""
-    fault = FAULTS[name]
-    say(f"fault {name}: {fault.what}")
-    with fault.prepared(stack.FOLDER) as (profile, logs):
-        flags = fault.flags(args.in_flight)
-        with fault_stack.running(flags, profile, logs) as running:
-            say(f"two replicas and the router answer; flags beyond make up's: {flags or 'none'}")
-            if not known:
-                wanted = cases(args.seed, args.cases)
-                known = asyncio.run(known_right(stack.REPLICAS[0], wanted))
-                say(f"{len(known)} of {len(wanted)} questions are answered right by an idle replica; these are asked")
+def stacks(names: Sequence[str], in_flight: int) -> dict[str, list[str]]:
+    """Which faults share a stack: those with the same flags, by these."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(FAULTS[name].flags(in_flight), []).append(name)
+    return found
+
+
+def run(
+    flags: str, names: list[str], args: argparse.Namespace, known: list[Case], say: Log
+) -> Iterator[dict[str, Any]]:
+    """Faults on one stack; yields each one's result.
+
+    Args:
+        flags: of the replicas, beyond those of ``make up``.
+        names: the faults.
+        args: of the command line.
+        known: the questions that are known to be answered right; where it is empty, they are found out and put in.
+        say: the log.
+    """
+    own = {FAULTS[name].own for name in names}
+    with prepared(stack.FOLDER, own) as (profile, logs), fault_stack.running(flags, profile, logs) as running:
+        say(f"two replicas and the router answer; flags beyond make up's: {flags or 'none'}")
+        if not known:
+            wanted = cases(args.seed, args.cases)
+            known += asyncio.run(known_right(stack.REPLICAS[0], wanted))
+            say(f"{len(known)} of {len(wanted)} questions are answered right by an idle replica; these are asked")
+        for name in names:
+            fault = FAULTS[name]
+            say(f"fault {name}: {fault.what}")
             scene = Scene(running, known, args.in_flight, say, random.Random(args.seed), profile)
-            result = asyncio.run(scene.play(fault))
-    result = {"name": name, "what": fault.what, "flags": flags} | result
-    result["problems"] = problems(result)
-    say(
-        f"in flight: {result['in_flight']}; until recovery: {result['during']['outcomes']}; "
-        f"after: {result['after']['outcomes']}; notes: {result['notes']}"
-    )
-    say(
-        f"recovered after {result['recover_seconds']} s; {'FAILED: ' if result['problems'] else 'as it should be'}"
-        + "; ".join(result["problems"])
-    )
-    return result, known
+            result = {"name": name, "what": fault.what, "flags": flags} | asyncio.run(scene.play(fault))
+            result["problems"] = problems(result)
+            say(
+                f"in flight: {result['in_flight']}; until recovery: {result['during']}; "
+                f"after: {result['after']['outcomes']}; notes: {result['notes']}"
+            )
+            say(
+                f"recovered after {result['recover_seconds']} s; "
+                f"{'FAILED: ' if result['problems'] else 'as it should be'}" + "; ".join(result["problems"])
+            )
+            yield result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,16 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     known: list[Case] = []
     facts = provenance(seed=args.seed)
-    for name in args.names or FAULTS:
-        try:
-            result, known = run(name, args, known, say)
-        except stack.StackError as e:
-            say(f"FAILED: {e}")
-            return 1
-        results.append(result)
-        # Now, for the next one may fail to start.
-        found = {"provenance": facts, "in_flight": args.in_flight, "faults": results}
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    try:
+        for flags, names in stacks(args.names or list(FAULTS), args.in_flight).items():
+            for result in run(flags, names, args, known, say):
+                results.append(result)
+                # Now, for the next one may fail to start.
+                found = {"provenance": facts, "in_flight": args.in_flight, "faults": results}
+                args.out.write_text(json.dumps(found, indent=1) + "\n")
+    except stack.StackError as e:
+        say(f"FAILED: {e}")
+        return 1
     if args.page:
         fault_table.put(args.page, results)
     return int(any(result["problems"] for result in results))

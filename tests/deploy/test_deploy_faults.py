@@ -1,6 +1,7 @@
 """Faults without a server: outcomes are told apart, the configuration is that of make up, the table is the file's."""
 
 import asyncio
+import itertools
 import json
 import re
 import sys
@@ -119,6 +120,15 @@ def test_problems_are_found() -> None:
     assert faults.problems(result(in_flight={"outcomes": {"told status 500": 1}})) == []
     assert faults.problems(result(after={"outcomes": {"told status 500": 1}}))
     assert faults.problems(result(recover_seconds=None)) == ["no recovery"]
+
+
+def test_faults_with_the_same_flags_share_a_stack() -> None:
+    assert faults.stacks(["disk", "flood-queued", "replica"], 16) == {
+        "": ["disk", "replica"],
+        "--max-num-seqs 2": ["flood-queued"],
+    }
+    shared = faults.stacks(list(faults.FAULTS), 200)
+    assert sorted(itertools.chain(*shared.values())) == sorted(faults.FAULTS)
 
 
 def test_table_counts_what_was_told() -> None:
