@@ -3,12 +3,14 @@
 ``make faults``, or ``PYTHONPATH=. python deploy/local/faults.py [NAME ...]`` (names: ``FAULTS``). Faults that need the
 same flags come one after the other on one stack, each when the one before is over and the replica has recovered. Exit
 code 1 where an answer was wrong, ended as if it were whole and was not, or never came, or where a replica did not
-recover. Raw results: ``--out``; all that it prints goes into ``--log`` as well; ``--page`` puts the table in.
+recover. Raw results: ``--out``; all that it prints goes into ``--log`` as well; ``--page`` puts the table in. Where
+faults are named, the results and log of others stay as they are.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import sys
 import time
@@ -32,9 +34,9 @@ START = time.monotonic()
 class Log:
     """Prints lines with the seconds since the start, and writes them to a file."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, keep: bool = False) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._out = file.open("w", encoding="utf-8")
+        self._out = file.open("a" if keep else "w", encoding="utf-8")
 
     def __call__(self, text: str) -> None:
         line = f"{time.monotonic() - START:6.0f} s  {text}".replace(str(ROOT), ".").replace(str(stack.FOLDER), "logs")
@@ -89,6 +91,8 @@ def run(
             scene = Scene(running, known, args.in_flight, say, random.Random(args.seed), profile)
             result = {"name": name, "what": fault.what, "flags": flags} | asyncio.run(scene.play(fault))
             result["problems"] = problems(result)
+            # Starts, and so recovery, take as long as other work on the machine lets them.
+            result["load_average"] = round(os.getloadavg()[0], 1)
             say(
                 f"in flight: {result['in_flight']}; until recovery: {result['during']}; "
                 f"after: {result['after']['outcomes']}; notes: {result['notes']}"
@@ -98,6 +102,12 @@ def run(
                 f"{'FAILED: ' if result['problems'] else 'as it should be'}" + "; ".join(result["problems"])
             )
             yield result
+
+
+def merged(earlier: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of an earlier run, those replaced that were played again; in the order of ``FAULTS``."""
+    by_name = {result["name"]: result for result in (*earlier, *now)}
+    return [by_name[name] for name in FAULTS if name in by_name]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,22 +123,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := [name for name in args.names if name not in FAULTS]:
         parser.error(f"no such fault: {unknown[0]}; choose from {', '.join(FAULTS)}")
-    say = Log(args.log)
+    say = Log(args.log, keep=bool(args.names))
+    earlier = json.loads(args.out.read_text(encoding="utf-8"))["faults"] if args.names and args.out.exists() else []
     results: list[dict[str, Any]] = []
     known: list[Case] = []
     facts = provenance(seed=args.seed)
+    say(f"{facts['command']} at {facts['git']}, load average {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores")
     try:
         for flags, names in stacks(args.names or list(FAULTS), args.in_flight).items():
             for result in run(flags, names, args, known, say):
-                results.append(result)
+                results.append(result | {"provenance": facts})
                 # Now, for the next one may fail to start.
-                found = {"provenance": facts, "in_flight": args.in_flight, "faults": results}
-                args.out.write_text(json.dumps(found, indent=1) + "\n")
+                found = {"faults": merged(earlier, results)}
+                args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     except stack.StackError as e:
         say(f"FAILED: {e}")
         return 1
     if args.page:
-        fault_table.put(args.page, results)
+        fault_table.put(args.page, merged(earlier, results))
     return int(any(result["problems"] for result in results))
 
 

@@ -131,6 +131,12 @@ def test_faults_with_the_same_flags_share_a_stack() -> None:
     assert sorted(itertools.chain(*shared.values())) == sorted(faults.FAULTS)
 
 
+def test_faults_played_again_replace_their_results() -> None:
+    earlier = [{"name": "worker", "take": 1}, {"name": "disk", "take": 1}]
+    now = [{"name": "disk", "take": 2}, {"name": "replica", "take": 2}]
+    assert [(r["name"], r["take"]) for r in faults.merged(earlier, now)] == [("worker", 1), ("replica", 2), ("disk", 2)]
+
+
 def test_table_counts_what_was_told() -> None:
     told = {"outcomes": {"right": 9, "told status 500": 2, "told stream broken": 1}}
     row = fault_table.table([result(in_flight=told, recover_seconds=41.5)]).splitlines()[-1]
