@@ -24,7 +24,7 @@ def worker_of(running: FaultStack) -> list[psutil.Process]:
 
 
 def engine_of(running: FaultStack) -> list[psutil.Process]:
-    """The process of the scheduler and, on one rank, of the model."""
+    """The process of the scheduler."""
     return [running.named(NAME, "VLLM::EngineCore")]
 
 
@@ -143,7 +143,7 @@ async def flood(scene: Scene, crowd: Crowd) -> None:
 
 _TOLD = frozenset({"told status 503"})
 FAULTS = {
-    "worker": Fault("a worker process killed", kill, "--distributed-executor-backend mp", targets=worker_of),
+    "worker": Fault("a worker process killed", kill, targets=worker_of),
     "engine-core": Fault("an engine core killed", kill, targets=engine_of),
     "replica": Fault("a replica killed behind the router", kill, targets=family_of),
     "profile": Fault(
@@ -151,11 +151,7 @@ FAULTS = {
     ),
     "disk": Fault("no space on the log volume", fill_disk, own="disk", afterwards=free_disk),
     "hanging": Fault("as many clients hang (half a request, or never read)", hang, afterwards=nothing_held),
-    "flood-requests": Fault(
-        "4x capacity, limited by requests", flood, "--max-num-seqs {n} --max-num-queued-reqs {n}", expected=_TOLD
-    ),
-    "flood-tokens": Fault(
-        "4x capacity, limited by tokens", flood, "--max-num-seqs {n} --max-num-queued-tokens {t}", expected=_TOLD
-    ),
-    "flood-queued": Fault("4x capacity, without limits", flood, "--max-num-seqs {n}"),
+    "flood-requests": Fault("4x capacity, limited by requests", flood, "--max-num-queued-reqs {n}", expected=_TOLD),
+    "flood-tokens": Fault("4x capacity, limited by tokens", flood, "--max-num-queued-tokens {t}", expected=_TOLD),
+    "flood-queued": Fault("4x capacity, without limits", flood),
 }

@@ -145,7 +145,7 @@ class Fault:
     Attributes:
         what: it is, in the words of the table.
         act: brings it about, on a full stack.
-        more: flags of the replicas; ``{n}`` is a limit of which the requests in flight are four times both replicas'.
+        more: further flags of the replicas; ``{n}`` is what one runs at once, ``{t}`` the visual tokens of as many.
         own: what the stack needs beside it: ``profile`` (a file of its own) or ``disk`` (a small one for logs).
         expected: outcomes that are no surprise before the fault.
         afterwards: is done when everything is over.
@@ -161,8 +161,9 @@ class Fault:
     targets: Callable[[FaultStack], list[psutil.Process]] | None = None
 
     def flags(self, in_flight: int) -> str:
-        """Flags of the replicas."""
-        return self.more.format(n=max(1, in_flight // 8), t=max(1, in_flight // 8) * 700)
+        """Flags of the replicas: both together run a quarter of the requests in flight at once."""
+        n = max(1, in_flight // 8)
+        return f"--max-num-seqs {n} {self.more.format(n=n, t=700 * n)}".strip()
 
 
 @contextmanager

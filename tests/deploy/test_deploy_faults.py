@@ -123,9 +123,9 @@ def test_problems_are_found() -> None:
 
 
 def test_faults_with_the_same_flags_share_a_stack() -> None:
-    assert faults.stacks(["disk", "flood-queued", "replica"], 16) == {
-        "": ["disk", "replica"],
-        "--max-num-seqs 2": ["flood-queued"],
+    assert faults.stacks(["disk", "flood-requests", "replica"], 16) == {
+        "--max-num-seqs 2": ["disk", "replica"],
+        "--max-num-seqs 2 --max-num-queued-reqs 2": ["flood-requests"],
     }
     shared = faults.stacks(list(faults.FAULTS), 200)
     assert sorted(itertools.chain(*shared.values())) == sorted(faults.FAULTS)
