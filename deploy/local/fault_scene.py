@@ -145,7 +145,8 @@ class Fault:
     Attributes:
         what: it is, in the words of the table.
         act: brings it about, on a full stack.
-        more: further flags of the replicas; ``{n}`` is what one runs at once, ``{t}`` the visual tokens of as many.
+        more: further flags of the replicas; ``{n}`` is what one runs at once, ``{t}`` tokens of about as many,
+            reduced.
         own: what the stack needs beside it: ``profile`` (a file of its own) or ``disk`` (a small one for logs).
         expected: outcomes that are no surprise before the fault.
         afterwards: is done when everything is over.
@@ -163,7 +164,7 @@ class Fault:
     def flags(self, in_flight: int) -> str:
         """Flags of the replicas: both together run a quarter of the requests in flight at once."""
         n = max(1, in_flight // 8)
-        return f"--max-num-seqs {n} {self.more.format(n=n, t=700 * n)}".strip()
+        return f"--max-num-seqs {n} {self.more.format(n=n, t=400 * n)}".strip()
 
 
 @contextmanager
