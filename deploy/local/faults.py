@@ -29,6 +29,8 @@ from eos_vllm.provenance import provenance
 
 ROOT = stack.HERE.parents[1]
 START = time.monotonic()
+# Of a result: requests under way at the fault and until it is over, new ones until recovery, some after it.
+PARTS = ("in_flight", "during", "after")
 
 
 class Log:
@@ -47,7 +49,7 @@ class Log:
 def problems(result: dict[str, Any]) -> list[str]:
     """What may not be in a fault's result."""
     found = []
-    for part in ("in_flight", "during", "after"):
+    for part in PARTS:
         for kind in LOST_SILENTLY:
             if count := result[part]["outcomes"].get(kind):
                 found.append(f"{count} {kind} ({part.replace('_', ' ')})")
@@ -93,10 +95,11 @@ def run(
             result["problems"] = problems(result)
             # Starts, and so recovery, take as long as other work on the machine lets them.
             result["load_average"] = round(os.getloadavg()[0], 1)
-            say(
-                f"in flight: {result['in_flight']}; until recovery: {result['during']}; "
-                f"after: {result['after']['outcomes']}; notes: {result['notes']}"
-            )
+            for part in PARTS:
+                say(f"{part.replace('_', ' ')}: {result[part]['outcomes']}")
+                for kind, details in result[part]["details"].items():
+                    say(f"  {kind}, for instance: {details[0]}")
+            say(f"notes: {result['notes']}")
             say(
                 f"recovered after {result['recover_seconds']} s; "
                 f"{'FAILED: ' if result['problems'] else 'as it should be'}" + "; ".join(result["problems"])
