@@ -5,18 +5,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from eos_vllm.provenance import commit_line, machine_line
+
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- faults: drawn from results/faults.json -->", "<!-- end of faults -->"
 # What each does to the service; the figures beside it are measured.
 HAPPENS = {
-    "worker": "the engine core ends the engine, the API server ends, supervisord starts it again",
-    "engine-core": "the API server fails what it had and ends, supervisord starts it again",
-    "replica": "its connections break; supervisord starts it again",
-    "profile": "the running replica holds its profile in memory; a start with garbage is refused with one line",
-    "disk": "log lines are lost, requests are not",
-    "hanging": "others are served; what hangs costs a connection, and a request's KV where it was sent whole",
-    "flood-requests": "status 503 above the limit, at once",
-    "flood-tokens": "status 503 above the limit, at once",
+    "worker": "its engine core sees it and ends, streams under way end with an error, the API server ends with exit "
+    "code 0; supervisord starts it again, meanwhile the router sends all to the other replica",
+    "engine-core": "streams under way end with an error, the API server ends with exit code 0; then the same",
+    "replica": "streams under way break; then the same",
+    "profile": "the running replica goes on with the profile it read at its start; a start with garbage ends with one "
+    "line that names the file (exit code 2), the first one after it is mended serves",
+    "disk": "lines of the log are lost, requests are not; the log goes on when there is room",
+    "hanging": "others are answered; what was sent whole is computed, and nothing of it stays",
+    "flood-requests": "status 503 above the limit",
+    "flood-tokens": "status 503 above the limit",
     "flood-queued": "requests wait; none is refused",
 }
 
@@ -30,8 +34,17 @@ def counted(outcomes: dict[str, int]) -> str:
     return ", ".join(other)
 
 
+def happens(result: dict[str, Any]) -> str:
+    """What a fault does, with what was measured beside it."""
+    text, notes = HAPPENS[result["name"]], result["notes"]
+    if waited := notes.get("first token, median s"):
+        worst, ready = notes["first token, worst s"], notes["ready"]
+        text += f"; answers begin after {waited:g} s (median) and {worst:g} s at worst; replicas ready in {ready} looks"
+    return text
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each fault."""
+    """Markdown: a row for each fault, and what they ran on."""
     lines = [
         "| fault | what happens | requests in flight | new ones until recovery | s to recover |",
         "| --- | --- | --- | --- | --- |",
@@ -40,9 +53,17 @@ def table(results: list[dict[str, Any]]) -> str:
         flight, during = counted(result["in_flight"]["outcomes"]), counted(result["during"]["outcomes"])
         recover = result["recover_seconds"]
         lines.append(
-            f"| {result['what']} | {HAPPENS[result['name']]} | {flight} | {during} "
+            f"| {result['what']} | {happens(result)} | {flight} | {during} "
             f"| {'never' if recover is None else f'{recover:g}' if recover else 'never away'} |"
         )
+    loads = [result["load_average"] for result in results]
+    machines = {machine_line(result["provenance"]) for result in results}
+    commits = {commit_line(result["provenance"]) for result in results}
+    lines += [
+        "",
+        f"{'; '.join(sorted(machines))}, with other work on it: load average {min(loads):g} to {max(loads):g}. "
+        f"Revision {', '.join(sorted(commits))}.",
+    ]
     return "\n".join(lines)
 
 

@@ -110,7 +110,8 @@ def test_the_configuration_is_that_of_make_up(tmp_path: Path, monkeypatch: pytes
 def result(**changes: Any) -> dict[str, Any]:
     part = {"outcomes": {"right": 3}}
     values = {"name": "disk", "what": "no space", "in_flight": part, "during": part, "after": part}
-    return values | {"recover_seconds": 0.0} | changes
+    facts = {"git": "0123456789abcdef", "machine": {"cores": 2, "processor": "some"}}
+    return values | {"recover_seconds": 0.0, "load_average": 3.5, "provenance": facts, "notes": {}} | changes
 
 
 def test_problems_are_found() -> None:
@@ -139,8 +140,15 @@ def test_faults_played_again_replace_their_results() -> None:
 
 def test_table_counts_what_was_told() -> None:
     told = {"outcomes": {"right": 9, "told status 500": 2, "told stream broken": 1}}
-    row = fault_table.table([result(in_flight=told, recover_seconds=41.5)]).splitlines()[-1]
+    _, _, row, _, foot = fault_table.table([result(in_flight=told, recover_seconds=41.5)]).splitlines()
+    assert foot == "2 cores (some), with other work on it: load average 3.5 to 3.5. Revision 0123456789ab."
     assert "9 right, 3 told (status 500: 2, stream broken: 1) | 3 right | 41.5 |" in row
+
+
+def test_table_says_how_long_a_flood_waits() -> None:
+    notes = {"ready": "38 of 38", "first token, median s": 0.5, "first token, worst s": 2.0}
+    row = fault_table.table([result(name="flood-queued", notes=notes)]).splitlines()[2]
+    assert "answers begin after 0.5 s (median) and 2 s at worst; replicas ready in 38 of 38 looks" in row
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="results/faults.json is not there yet: make faults")
