@@ -106,10 +106,16 @@ class Answer:
 
 
 async def ask(
-    session: aiohttp.ClientSession, url: str, case: Case, name: str, long: bool, limit: float = LIMIT_SECONDS
+    session: aiohttp.ClientSession,
+    url: str,
+    case: Case,
+    name: str,
+    long: bool,
+    limit: float = LIMIT_SECONDS,
+    answer: Answer | None = None,
 ) -> Outcome:
-    """Sends one question and reads its stream to the end, or for ``limit`` seconds."""
-    outcome, answer = Outcome("hung", time.monotonic()), Answer()
+    """Sends one question and reads its stream into ``answer`` to the end, or for ``limit`` seconds."""
+    outcome, answer = Outcome("hung", time.monotonic()), answer or Answer()
     try:
         async with asyncio.timeout(limit):
             headers = {"X-Session-ID": name}
@@ -140,18 +146,27 @@ class Crowd:
 
     Attributes:
         outcomes: of all requests that are over.
-        in_flight: requests under way.
     """
 
     url: str
     cases: list[Case]
     size: int
     outcomes: list[Outcome] = field(default_factory=list)
-    in_flight: int = 0
 
     def __post_init__(self) -> None:
+        self._answers: dict[int, Answer] = {}
         self.hold = asyncio.Event()
         self._numbers: Iterator[int] = itertools.count()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests under way."""
+        return len(self._answers)
+
+    @property
+    def streaming(self) -> int:
+        """Those of them whose answers have begun."""
+        return sum(answer.first is not None for answer in self._answers.values())
 
     async def run(self) -> None:
         """All clients, to the end of the last request."""
@@ -162,13 +177,13 @@ class Crowd:
     async def _client(self, session: aiohttp.ClientSession) -> None:
         while not self.hold.is_set():
             number = next(self._numbers)
-            self.in_flight += 1
+            case, answer, name = self.cases[number % len(self.cases)], Answer(), f"client-{number}"
+            self._answers[number] = answer
             try:
-                case = self.cases[number % len(self.cases)]
-                outcome = await ask(session, self.url, case, f"client-{number}", long=number % 2 == 0)
+                outcome = await ask(session, self.url, case, name, long=number % 2 == 0, answer=answer)
                 self.outcomes.append(outcome)
             finally:
-                self.in_flight -= 1
+                del self._answers[number]
             if outcome.kind.startswith("told"):
                 await asyncio.sleep(BACK_OFF_SECONDS)
 

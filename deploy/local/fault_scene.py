@@ -64,15 +64,20 @@ class Scene:
         clients = asyncio.create_task(crowd.run())
         # Until clients are in every phase: answered once on average, so that some wait, some prefill, some decode.
         # Where some are refused, those wait before they ask again.
-        while (crowd.in_flight < self.size and not fault.expected) or len(crowd.outcomes) < self.size:
+        # Streams that have begun are what no router can send elsewhere, so many of them have to be there.
+        streams = self.size // 16
+        while len(crowd.outcomes) < self.size or (
+            not fault.expected and (crowd.in_flight < self.size or crowd.streaming < streams)
+        ):
             await asyncio.sleep(0.1)
             if clients.done():
                 clients.result()
         before = Counter(o.kind for o in crowd.outcomes)
         if set(before) - {"right"} - fault.expected:
             self.problems.append(f"before the fault: {dict(before)}")
-        self.since, in_flight = time.monotonic(), crowd.in_flight
+        self.since, in_flight, streaming = time.monotonic(), crowd.in_flight, crowd.streaming
         started = self.since
+        self.say(f"{in_flight} requests in flight, the answers of {streaming} have begun")
         probe = asyncio.create_task(self._probe(fault.expected))
         during = asyncio.create_task(self._trickle(probe))
         await fault.act(self, crowd)
@@ -87,6 +92,7 @@ class Scene:
         return {
             "in_flight": {
                 "requests": in_flight,
+                "streams": streaming,
                 "outcomes": crowd.counts(started),
                 "details": _details(crowd.outcomes),
             },
