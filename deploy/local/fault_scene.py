@@ -137,7 +137,7 @@ class Scene:
 
     async def _trickle(self, probe: "asyncio.Task[float | None]") -> list[Outcome]:
         """One new request each second through the router until the replica has recovered."""
-        tasks = []
+        tasks: list[asyncio.Task[Outcome]] = []
         while not probe.done():
             tasks.append(asyncio.create_task(self.one(stack.ROUTER, f"during-{len(tasks)}", len(tasks))))
             await asyncio.wait([probe], timeout=1.0)
