@@ -29,7 +29,7 @@ ROUTER, PROMETHEUS = shifted("http://127.0.0.1:8100"), shifted("http://127.0.0.1
 REPLICAS = (shifted("http://127.0.0.1:8101"), shifted("http://127.0.0.1:8102"))
 # Where each says that it is there. vLLM's servers answer only after proof and rehearsal.
 READY = dict.fromkeys((*REPLICAS, ROUTER), "/health") | {PROMETHEUS: "/-/ready"}
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 class StackError(RuntimeError):
@@ -54,7 +54,7 @@ def wait_until_up(*urls: str) -> None:
     """Waits until all of them answer.
 
     Raises:
-        StackError: one does not within five minutes.
+        StackError: one does not within ten minutes.
     """
     deadline = time.monotonic() + START_SECONDS
     for url in urls:
