@@ -78,6 +78,7 @@ def install_request_checks() -> None:
         except (VLLMValidationError, ValueError):  # ours, and vLLM's own
             unsent.refuse(prompt)
             raise
+        unsent.latest = prompt
         return request
 
     InputProcessor.process_inputs = checked  # type: ignore[method-assign]

@@ -23,6 +23,8 @@ class UnsentImages:
     def __init__(self, renderer: Any, now: Callable[[], float] = time.monotonic) -> None:
         self.renderer, self.now = renderer, now
         self.images: OrderedDict[str, tuple[float, Any]] = OrderedDict()
+        # The prompt that was checked last, until vLLM admits it.
+        self.latest: Any = None
 
     def refuse(self, prompt: Any) -> None:
         """Keeps the images of a rendered prompt that the engine will not see, and has later ones send theirs again.
@@ -43,6 +45,11 @@ class UnsentImages:
             asyncio.get_running_loop()
         except RuntimeError:
             emptied.result()  # no event loop here that waiting would hold up
+
+    def refuse_latest(self) -> None:
+        """Does so for the prompt that was checked last: vLLM refuses in the same turn of its event loop."""
+        self.refuse(self.latest)
+        self.latest = None
 
     def complete(self, request: Any) -> None:
         """Gives a request the images that were left out of it, and that a refused one did not send."""

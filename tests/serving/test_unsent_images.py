@@ -53,6 +53,17 @@ def test_one_of_those_may_be_refused_as_well() -> None:
     assert data(unsent, third) == ["pixels of a"]
 
 
+def test_a_prompt_that_vllm_turns_away_after_its_check() -> None:
+    renderer = Renderer()
+    unsent = UnsentImages(renderer)
+    unsent.latest = renderer.render("a")
+    meanwhile = renderer.render("a")
+    unsent.refuse_latest()
+    assert data(unsent, meanwhile) == ["pixels of a"]
+    assert unsent.latest is None
+    unsent.refuse_latest()  # nothing
+
+
 def test_images_that_the_engine_has_are_not_sent_again() -> None:
     renderer = Renderer()
     unsent = UnsentImages(renderer)
