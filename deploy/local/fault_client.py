@@ -73,6 +73,7 @@ class Answer:
     done: bool = False
     tokens: int | None = None
     error: str = ""
+    status: int | None = None
     first: float | None = None
 
     def take(self, event: str) -> None:
@@ -82,7 +83,7 @@ class Answer:
             return
         chunk = json.loads(event)
         if error := chunk.get("error"):
-            self.error = str(error)
+            self.error, self.status = str(error), error.get("code")
             return
         if usage := chunk.get("usage"):
             self.tokens = usage["completion_tokens"]
@@ -96,7 +97,7 @@ class Answer:
     def kind(self, case: Case, long: bool) -> str:
         """The outcome of a stream that came to its end by HTTP's rules."""
         if self.error:
-            return "told error in the stream"
+            return f"told status {self.status} in the stream"
         if self.finish is None or not self.done:
             return "truncated"
         if long:

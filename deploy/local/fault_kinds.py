@@ -141,7 +141,7 @@ async def flood(scene: Scene, crowd: Crowd) -> None:
         scene.problems.append(f"ready only {ready} of {asked} times")
 
 
-_TOLD = frozenset({"told status 503"})
+_TOLD = frozenset({"told status 503", "told status 503 in the stream"})
 FAULTS = {
     "worker": Fault("a worker process killed", kill, targets=worker_of),
     "engine-core": Fault("an engine core killed", kill, targets=engine_of),

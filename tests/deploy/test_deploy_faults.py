@@ -50,7 +50,7 @@ def chunk(text: str, finish: str | None = None) -> dict[str, Any]:
         (answer(chunk("red")), False, "truncated"),
         (answer(chunk("red", "stop"), done=False), False, "truncated"),
         (answer(done=False), False, "truncated"),
-        (answer(chunk("r"), {"error": {"message": "engine is dead"}}), False, "told error in the stream"),
+        (answer(chunk("r"), {"error": {"message": "dead", "code": 500}}), False, "told status 500 in the stream"),
     ],
 )
 def test_outcomes_of_streams_are_told_apart(found: Answer, long: bool, kind: str) -> None:
