@@ -9,6 +9,10 @@ from eos_vllm.provenance import commit_line, machine_line
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- faults: drawn from results/faults.json -->", "<!-- end of faults -->"
+FLOODED = (
+    "a replica refuses what is above its limit with 503, as a status or within a stream that has begun; its first one "
+    "opens the router's breaker, and with both open the router says 503 itself until they are tried again (2 s)"
+)
 # What each does to the service; the figures beside it are measured.
 HAPPENS = {
     "worker": "its engine core sees it and ends, streams under way end with an error, the API server ends with exit "
@@ -16,11 +20,11 @@ HAPPENS = {
     "engine-core": "streams under way end with an error, the API server ends with exit code 0; then the same",
     "replica": "streams under way break; then the same",
     "profile": "the running replica goes on with the profile it read at its start; a start with garbage ends with one "
-    "line that names the file (exit code 2), the first one after it is mended serves",
+    "line that names the file (exit code 2), the first one after it is mended serves (time of both starts)",
     "disk": "lines of the log are lost, requests are not; the log goes on when there is room",
     "hanging": "others are answered; what was sent whole is computed, and nothing of it stays",
-    "flood-requests": "status 503 above the limit",
-    "flood-tokens": "status 503 above the limit",
+    "flood-requests": FLOODED,
+    "flood-tokens": FLOODED,
     "flood-queued": "requests wait; none is refused",
 }
 
