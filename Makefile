@@ -1,6 +1,6 @@
 # make setup | test | lint | demo | docs | clean
 # make up | down | drill | faults | deploy-check | deploy-rules
-# make page | page-screenshots | page-fuzz
+# make page | test-page | page-screenshots | page-fuzz
 # make embedded-model | accuracy | several-questions | equal-cost | choices | search | ablations | bench | loadtest | elastic-sweep
 # make bench-smoke | soak | soak-replicas
 #
@@ -19,13 +19,16 @@ READY := $(VENV)/.ready
 # mypy takes packages from the path, and search/ is imported as eos_search: this link tells it so.
 MYPY_LINKS := .cache/mypy
 # Two processes: tests that start engines in one, all others in the other.
-ENGINES := tests/parity tests/serving tests/page
-OTHERS := $(filter-out $(ENGINES) tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/)))) $(wildcard tests/test_*.py)
+ENGINES := tests/parity tests/serving
+# Of the page what needs no server; the rest is `make test-page`.
+PAGE := tests/page/test_page_files.py
+OTHERS := $(PAGE) $(filter-out $(ENGINES) tests/page tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/)))) $(wildcard tests/test_*.py)
 
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: setup test test-engines test-others lint demo docs clean up down drill faults deploy-check deploy-rules page page-screenshots page-fuzz
+.PHONY: setup test test-engines test-others lint demo docs clean up down drill faults deploy-check deploy-rules
+.PHONY: page test-page page-screenshots page-fuzz
 .PHONY: embedded-model accuracy several-questions equal-cost choices search ablations bench loadtest elastic-sweep bench-smoke soak soak-replicas
 
 setup: $(READY)
@@ -47,6 +50,10 @@ test-engines:
 
 test-others:
 	$(BIN)/python -m pytest $(OTHERS)
+
+# The page in a browser, before a server of its own (a minute and a half).
+test-page: setup
+	$(BIN)/python -m pytest tests/page
 
 lint: setup
 	$(BIN)/ruff check .
@@ -144,6 +151,7 @@ bench: setup
 	$(BIN)/python benchmarks/decode_step.py
 	$(BIN)/python benchmarks/compiled_reduction.py
 	$(BIN)/python benchmarks/host_cost.py
+	$(BIN)/python benchmarks/trace_cost.py
 
 # Stock against eos over HTTP, scenario by scenario; goes on where it was stopped, or where its minutes were over.
 LOADTEST ?= runs/loadtest

@@ -131,15 +131,20 @@ class ElasticResults:
         Raises:
             SettingError: the accuracy at one of them is not measured.
         """
+        return self.accuracy_gain(shares, {})
+
+    def accuracy_gain(self, shares: dict[int, float], less: dict[int, float]) -> tuple[float, float] | None:
+        """As :meth:`accuracy`, less that at budgets in other shares, question by question."""
         if not shares:
             return None
-        for budget in shares:
+        for budget in {*shares, *less}:
             if budget not in self.marks:
                 remedy = "let the sweep run to its end"
                 raise SettingError("results", budget, "the accuracy at this budget is not measured", remedy)
-        asked = sorted(set.intersection(*(set(self.marks[budget]) for budget in shares)))
-        means = [sum(share * self.marks[budget][number] for budget, share in shares.items()) for number in asked]
-        return statistics.fmean(means), _Z * statistics.stdev(means) / math.sqrt(len(means))
+        asked = sorted(set.intersection(*(set(self.marks[budget]) for budget in {*shares, *less})))
+        signed = [*shares.items(), *((budget, -share) for budget, share in less.items())]
+        gains = [sum(share * self.marks[budget][number] for budget, share in signed) for number in asked]
+        return statistics.fmean(gains), _Z * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
 def _marks(cell: dict[str, Any]) -> dict[int, bool]:
@@ -167,27 +172,31 @@ def goodput_table(results: ElasticResults) -> Table:
             )
         )
     subject, repeats = results.settings["subject"], max(run.repeat for run in results.runs)
+    seconds = f"{results.settings['seconds']:g} s"
+    said = f"Up to {repeats} windows of {seconds}; in brackets the 95 % interval over them."
+    if repeats == 1:
+        said = f"One window of {seconds} for each, so that there is no interval."
     head = ("arrivals over stock's capacity", *results.arms, "elastic over the better fixed", "mean budget chosen")
     return Table(
         f"Good requests per second ({subject['name']}; profile {subject['profile_name']})",
         head,
         tuple(rows),
         f"Good: {results.limits}, from when it was due ({results.settings['slo_scale']:g} times stock's medians "
-        f"without load). Up to {repeats} windows of {results.settings['seconds']:g} s; in brackets the 95 % interval "
-        "over them.",
+        f"without load). {said}",
     )
 
 
 def accuracy_table(results: ElasticResults) -> Table:
     """Rates down, settings across."""
-    rows = []
+    rows, least = [], min(results.fixed, key=int)
     for multiple in results.multiples:
         found = [results.accuracy(results.shares(multiple, arm)) for arm in results.arms]
+        found.append(results.accuracy_gain(results.shares(multiple, ELASTIC), results.shares(multiple, least)))
         rows.append((f"{multiple:g}", *("-" if f is None else f"{100 * f[0]:.1f} ± {100 * f[1]:.1f}" for f in found)))
     judge, asked = results.settings["judge"], len(next(iter(results.marks.values())))
     return Table(
         f"Right answers in percent, at those budgets ({judge['name']}; profile {judge['profile_name']})",
-        ("arrivals over stock's capacity", *results.arms),
+        ("arrivals over stock's capacity", *results.arms, f"elastic minus {least}"),
         tuple(rows),
         f"The embedded model over HTTP, the same {asked} questions at each budget, weighed by how often the other "
         "model's server chose it. The model above has random weights: its answers mean nothing.",

@@ -43,6 +43,7 @@ class ImageGroup:
         visible: leading keys of the own request that each query may see ``[B, T]``.
         keeps_last: 1 where the last visual token must stay because the prompt ends in it ``[B]``; None if nowhere.
         text: how many of each image's tokens are text, which stays; which ones, :attr:`BatchLayout.image_text` says.
+        numbers: as ``images``, on the host.
     """
 
     total: int
@@ -59,6 +60,7 @@ class ImageGroup:
     visible: torch.Tensor
     keeps_last: torch.Tensor | None
     text: int = 0
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -337,7 +339,7 @@ class _StepDraft:
         places, behind = {}, int(starts[segment, -1])
         for r, count in self.cached:
             places[r], behind = behind, behind + count
-        self.groups: list[tuple[int, int, int, int, list[_Slot | None]]] = []
+        self.groups: list[tuple[int, int, int, int, list[int], list[_Slot | None]]] = []
         for (total, keep, text), numbers in by_counts.items():
             members = ALL if len(numbers) == len(totals) else np.array(numbers)
             requests, origin = images.requests[members], images.origins[segment, members]
@@ -351,6 +353,7 @@ class _StepDraft:
                     keep,
                     text,
                     int(ends[segment, requests].max()),
+                    numbers,
                     [
                         upload.add(numbers),
                         upload.add(images.starts[members]),
@@ -369,14 +372,14 @@ class _StepDraft:
     def finish(self, upload: _Upload) -> ReducerStep:
         """The step, once the arrays are on the device."""
         groups = []
-        for total, keep, text, longest, slots in self.groups:
+        for total, keep, text, longest, numbers, slots in self.groups:
             members, start, row, cached, place, visual, kept, queries, visible, last = (
                 None if slot is None else upload.view(slot) for slot in slots
             )
             groups.append(
                 ImageGroup(
                     *(total, keep, longest, members, start, row, cached, place, visual),  # type: ignore[arg-type]
-                    *(kept, queries, visible, last, text),  # type: ignore[arg-type]
+                    *(kept, queries, visible, last, text, tuple(numbers)),  # type: ignore[arg-type]
                 )
             )
         return ReducerStep(upload.view(self.source), tuple(groups), self.cached, self.tokens_in, self.tokens_kept)

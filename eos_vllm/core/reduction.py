@@ -16,6 +16,8 @@ from eos_vllm.core.profile import QueryRule
 _SCORE_ELEMENTS = 1 << 25
 
 ScoreReduce = Callable[[torch.Tensor], torch.Tensor]
+# Is told of a group: its rows in the batch, scores and choice, [B, N], [B, N] and [B, K], visual tokens only.
+Observer = Callable[[ImageGroup, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def image_query_weights(rule: QueryRule, embeddings: torch.Tensor, layout: BatchLayout) -> torch.Tensor | None:
@@ -56,6 +58,7 @@ def reduce_tokens(
     positions: torch.Tensor | None = None,
     replace: ScoreReduce | None = None,
     image_text: torch.Tensor | None = None,
+    observe: Observer | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Applies one reducer to the output of its decoder layer.
 
@@ -71,6 +74,7 @@ def reduce_tokens(
         positions: unreduced positions of the tokens ``[tokens]``, where ``options.debias`` needs them.
         replace: gives the scores to use, from those of a group of images ``[B, N]``; for baselines.
         image_text: which tokens are text within an image ``[tokens]`` bool (:attr:`BatchLayout.image_text`).
+        observe: called for each group that is chosen from, before anything is changed.
 
     Returns:
         Tokens that go on ``[fewer tokens, d]`` in the same order, and the row that each came from ``[fewer tokens]``.
@@ -103,6 +107,8 @@ def reduce_tokens(
             selectable = scores.clone()
             selectable[:, -1].masked_fill_(group.keeps_last.bool(), torch.inf)
         chosen = top_k(selectable, group.keep - group.text)
+        if observe is not None:
+            observe(group, first + (places if visual is None else visual), scores, chosen)
         kept = chosen if visual is None else visual.gather(1, chosen)
         anchored = target
         if stays is not None:

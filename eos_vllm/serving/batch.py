@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from eos_vllm.core.layout import BatchLayout, Entry, build_layout
 from eos_vllm.core.plan import RequestPlan
 from eos_vllm.core.profile import Profile
+from eos_vllm.serving.trace import Recorder
 
 
 class StepEntry(NamedTuple):
@@ -102,6 +103,7 @@ class BatchState:
         self.uniform = False
         self.built: Any = None  # metadata of such a step
         self.workspace: torch.Tensor | None = None  # of FlashInfer's builders
+        self.recorder: Recorder | None = None  # of traces, where the server has any
 
     def allocate(self) -> None:
         """Makes the tensors that captured graphs read by address.
@@ -185,6 +187,8 @@ class BatchState:
         """Lays out the requests of a step that prefills images for the reducing pass; none for other steps."""
         self.entries = [Entry(entry.scheduled, entry.plan, entry.computed) for entry in entries]
         self.layout = None
+        if self.recorder is not None and self.recorder.step:
+            self.recorder.lay_out(entries)
         if entries:
             self.layout = build_layout(self.entries, self.num_segments, self.profile.importance.queries, self.device)
 

@@ -158,6 +158,9 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Takes(f"{_SCHEDULER}.make_stats", ("self",)),
         Takes(f"{_SCHEDULER}.update_from_output", ("self", "scheduler_output")),
         Has("vllm.v1.core.sched.output:SchedulerOutput", ("num_scheduled_tokens", "total_num_scheduled_tokens")),
+        Takes("vllm.v1.engine.core:EngineCore.collective_rpc", ("method", "args")),
+        Has("vllm.v1.request:RequestStatus", ("FINISHED_ABORTED", "FINISHED_IGNORED", "FINISHED_ERROR")),
+        Has("vllm.v1.core.sched.output:NewRequestData", ("req_id", "num_computed_tokens")),
         Takes("vllm.v1.core.encoder_cache_manager:EncoderCacheManager.free", ("self", "request")),
         Has("vllm.v1.core.sched.output", ("strip_covered_mm_data",)),
         Fields("vllm.v1.metrics.stats:SchedulerStats", (

@@ -13,7 +13,7 @@ from eos_vllm.core.plan import Planner
 from eos_vllm.serving.by_budget import BudgetCounts
 from eos_vllm.serving.image_processor import TOTAL
 from eos_vllm.serving.metrics import Counters, pack_stats
-from eos_vllm.serving.options import planner_of
+from eos_vllm.serving.options import has_page, planner_of
 from eos_vllm.serving.report import short_report
 
 logger = init_logger("vllm.eos")
@@ -67,12 +67,19 @@ class CountingSchedulerMixin(Scheduler):
         self.counters = Counters(1)
         self.by_budget = BudgetCounts(self.counters, planner)
         self._counted: set[str] = set()
+        self.traces: Any = None
+        if has_page(self.vllm_config):
+            from eos_vllm.serving.trace_book import TraceBook  # which counts by this module
+
+            self.traces = TraceBook(planner, self.vllm_config, self.kv_cache_manager.coordinator.single_type_managers)
         logger.info("eos: %s", short_report(planner))
 
     def add_request(self, request: Request) -> None:
         """As vLLM's; counts requests with images by budget."""
         if request.mm_features and request.request_id not in self.requests:
             self.by_budget.request(request.sampling_params)
+        if self.traces is not None and request.request_id not in self.requests:
+            self.traces.add(request)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -80,7 +87,15 @@ class CountingSchedulerMixin(Scheduler):
         step = super().schedule(*args, **kwargs)
         if step.scheduled_new_reqs:
             count_selected(self.counters, step, self.planner, self._counted, self.by_budget)
+        if self.traces is not None and self.traces.is_busy:
+            self.traces.announce(step, self.requests)
         return step
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; a trace of the request notes what it holds."""
+        if self.traces is not None and self.traces.active:
+            self.traces.end(request)
+        return super()._free_request(request, *args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """As vLLM's, with the counts of this plugin on board (see :mod:`eos_vllm.serving.metrics`)."""

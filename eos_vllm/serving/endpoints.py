@@ -26,6 +26,7 @@ from eos_vllm.serving.metrics import set_lost, set_reduction_seconds
 from eos_vllm.serving.options import KEY, planner_of
 from eos_vllm.serving.plan_endpoint import plan_context
 from eos_vllm.serving.status import FrontEndStatus, Status, build_status
+from eos_vllm.serving.trace_endpoint import router as trace_router
 
 # A probe within this time of the last one is answered with what that one found.
 FRESH_SECONDS = 1.0
@@ -132,6 +133,7 @@ class EosEndpoints:
         if self.page:
             app.include_router(plan_router)
             add_page(app)
+            app.include_router(trace_router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Makes the guard, which vLLM has for paths of its own only, of the server's keys; and starts to watch."""
@@ -142,6 +144,7 @@ class EosEndpoints:
         state.eos_guard = AuthenticationMiddleware(state, keys) if keys else None  # type: ignore[arg-type]
         if self.page:
             state.eos_plan = plan_context(engine_client.vllm_config)
+        state.eos_client = engine_client
         state.eos_watch = Watch(engine_client, planner, args.api_server_count or 1)
         state.eos_watching = asyncio.create_task(state.eos_watch.keep_on(), name="eos watch")
 

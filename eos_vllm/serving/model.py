@@ -5,6 +5,7 @@ What belongs to a family of models is in :mod:`eos_vllm.serving.hosts`, whose cl
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from eos_vllm.serving.metrics import Counters, WorkerLog
 from eos_vllm.serving.preselection import mean_over_ranks
 from eos_vllm.serving.stages import EMBEDDINGS, ORIGIN, pack
 from eos_vllm.serving.stretches import Stretch, compiles, stretches
+from eos_vllm.serving.trace import Recorder
 
 
 class Reduction:
@@ -77,6 +79,7 @@ class Reduction:
         )
         self.counters, self.planned = counters, Counters(len(self.profile.reducers))
         self.clock = ReductionClock(self.device)
+        self.recorder: Recorder | None = None  # of traces, where the server has any
         self.rehearsal = "not run"
         self.log = WorkerLog(tuple(reducer.layer for reducer in self.profile.reducers))
         self.first = len(self.profile.reducers) - len(self.profile.inside)
@@ -173,10 +176,14 @@ class Reduction:
             table = self.batch.block_tables[attention.layer_name]
             key = torch.cat([key, *read_keys(attention, table, step.cached)])
         params, scale = self.profile.operator_params(reducer), attention.impl.scale
+        observe = None
+        if self.recorder is not None and self.recorder.images:
+            observe = partial(self.recorder.reduced, reducer, params, before)
         with self.clock.measure():
             hidden, source = reduce_tokens(
                 *(before, seen["query"], key, step, weights, params, scale, self.options, positions),
                 image_text=image_text,
+                observe=observe,
             )
         # What went in is the plan's; what is gone is counted on the tensors, so that the count proves something.
         self.counters.count_tokens(self.first + reducer, step.tokens_in, step.tokens_in - len(before) + len(hidden))

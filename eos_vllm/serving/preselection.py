@@ -21,6 +21,7 @@ from eos_vllm.core.selectors import LAST, Choice, QueriesAndKeys, TowerOutput
 from eos_vllm.core.selectors.resize import Resize
 from eos_vllm.serving.image_processor import FINGERPRINT, KEEP, TOTAL
 from eos_vllm.serving.metrics import Counters
+from eos_vllm.serving.trace import ImageKey, Recorder
 
 # Choices of images; at 192 tokens each that is 6 MiB.
 _REMEMBERED = 4096
@@ -42,6 +43,7 @@ class Preselection:
         # vLLM counts an image by its K rows, the tower works on all of it: no more at once than memory is profiled for.
         self.at_once = max(1, vllm_config.scheduler_config.max_num_batched_tokens // planner.visual_tokens)
         self.rehearsed = False
+        self.recorder: Recorder | None = None  # of traces, where the server has any
         self.choices: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
 
     def embed(self, kwargs: dict[str, Any], _embed: Any = None) -> Any:
@@ -106,6 +108,8 @@ class Preselection:
             which = [i for i, count in enumerate(counts) if count == k]
             if resizes:
                 out = self._resized(pixels[which], k).projected
+                if self.recorder is not None and self.recorder.step and k < total:
+                    self.recorder.resized([_key(images[i], k, total) for i in which], cell_middles(k, total))
             else:
                 assert seen is not None
                 out = self._select(_of(seen, which), k, [images[i] for i in which])
@@ -126,7 +130,9 @@ class Preselection:
         if keep >= tower.total:
             return tower.projected
         if self.selector.mixes:
-            return combine(tower, self.selector.choose(tower, keep), self.selector, self.params)
+            choice = self.selector.choose(tower, keep)
+            self._record(tower, choice, keep, images)
+            return combine(tower, choice, self.selector, self.params)
         known = [None if image is None else self.choices.get((image, keep)) for image in images]
         fresh = [i for i, choice in enumerate(known) if choice is None]
         if fresh:
@@ -139,7 +145,14 @@ class Preselection:
                 self.choices.move_to_end((image, keep))
         while len(self.choices) > _REMEMBERED:
             self.choices.popitem(last=False)
-        return combine(tower, Choice(torch.stack(known)), self.selector, self.params)  # type: ignore[arg-type]
+        choice = Choice(torch.stack(known))  # type: ignore[arg-type]
+        self._record(tower, choice, keep, images)
+        return combine(tower, choice, self.selector, self.params)
+
+    def _record(self, tower: TowerOutput, choice: Choice, keep: int, images: Sequence[int | None]) -> None:
+        if self.recorder is not None and self.recorder.step:
+            keys = [_key(image, keep, tower.total) for image in images]
+            self.recorder.selected(tower, choice.kept, keys, self.selector, self.params)
 
     def _tower(self, pixels: torch.Tensor) -> TowerOutput:
         """Runs the vision tower, and catches what the selector reads of it."""
@@ -161,6 +174,17 @@ class Preselection:
             return self._tower(shrink_pixels(pixels, side, embeddings.patch_size))
         finally:
             hook.remove()
+
+
+def _key(image: int | None, keep: int, total: int) -> ImageKey | None:
+    return None if image is None else (image, keep, total)
+
+
+def cell_middles(keep: int, total: int) -> torch.Tensor:
+    """Of a picture made smaller, the patch of the whole one in the middle of each of its patches ``[keep]``."""
+    small, side = math.isqrt(keep), math.isqrt(total)
+    places = (torch.arange(small) * 2 + 1) * side // (2 * small)
+    return torch.cartesian_prod(places * side, places).sum(dim=-1)
 
 
 def _of(tower: TowerOutput, which: list[int]) -> TowerOutput:

@@ -20,8 +20,9 @@ from eos_vllm.serving.elastic import least_of
 from eos_vllm.serving.image_budget import check_image_tokens, install_image_budget, join_budgets, pass_budget_on
 from eos_vllm.serving.image_processor import budget_for_rendering
 from eos_vllm.serving.metrics import count_refused
-from eos_vllm.serving.options import planner_of
+from eos_vllm.serving.options import has_page, planner_of
 from eos_vllm.serving.requests import budget_of, image_spans, plan_of_features
+from eos_vllm.serving.trace_requests import TRACE_FIELD, check_trace, write_name
 from eos_vllm.serving.unsent_images import UnsentImages
 
 
@@ -65,10 +66,11 @@ def install_request_checks() -> None:
         if planner is None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         SEEN.checked += 1
-        with counted_refusals():
-            check_params(planner, params)
         unsent = _unsent_of(self)
         try:
+            with counted_refusals():
+                check_params(planner, params)
+                check_trace(getattr(params, "extra_args", None), has_page(self.vllm_config))
             with budget_for_rendering(budget_of(params) if isinstance(params, SamplingParams) else None):
                 request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
             unsent.complete(request)
@@ -78,7 +80,8 @@ def install_request_checks() -> None:
         except (VLLMValidationError, ValueError):  # ours, and vLLM's own
             unsent.refuse(prompt)
             raise
-        unsent.latest = prompt
+        unsent.sent(request)
+        write_name(request, request_id)
         return request
 
     InputProcessor.process_inputs = checked  # type: ignore[method-assign]
@@ -91,6 +94,7 @@ def install_request_checks() -> None:
             with counted_refusals():
                 join_budgets(planner, request)
                 check_body(planner, request)
+                check_trace_of_body(request, has_page(client.vllm_config))
                 pass_budget_on(planner, request)
         return await check_model(self, request)
 
@@ -157,6 +161,17 @@ def check_body(planner: Planner, body: Any) -> None:
         span = ImageSpan(0, total)
         plan = planner.plan(planner.trial_prompt(total + 1, span), [span], budget_of(params))
         _refuse_prompt_logprobs(plan, logprobs)
+
+
+def check_trace_of_body(body: Any, page: bool) -> None:
+    """Checks what a parsed HTTP request says of its trace.
+
+    Raises:
+        VLLMValidationError: answered as HTTP 400.
+    """
+    if check_trace(getattr(body, "vllm_xargs", None), page) and getattr(body, "use_beam_search", False):
+        problem = "vLLM passes no vllm_xargs on to a beam search; leave it out"
+        raise VLLMValidationError(f"vllm_xargs.{TRACE_FIELD}: {problem}", parameter=TRACE_FIELD)
 
 
 def check_beams(planner: Planner, what: str) -> None:

@@ -17,6 +17,7 @@ from eos_vllm.core.preselection import combine
 from eos_vllm.core.selectors import Choice, TowerOutput
 from eos_vllm.serving.image_processor import FINGERPRINT, KEEP, TOTAL
 from eos_vllm.serving.metrics import Counters
+from eos_vllm.serving.trace import Recorder
 
 # Choices of images, of some hundred tokens each.
 _REMEMBERED = 4096
@@ -37,6 +38,7 @@ class RowSelection:
         # vLLM counts an image by its K rows, the tower works on all of it: no more at once than memory is profiled for.
         self.tokens_at_once = max(planner.visual_tokens, vllm_config.scheduler_config.max_num_batched_tokens)
         self.rehearsed = False
+        self.recorder: Recorder | None = None  # of traces, where the server has any
         self.choices: OrderedDict[tuple[int, int, int], torch.Tensor] = OrderedDict()
 
     def embed(self, kwargs: dict[str, Any], embed: Callable[..., Any]) -> Any:
@@ -123,6 +125,10 @@ class RowSelection:
             # Behind a token's own features stand those that later layers add to it (deepstack): they go where it goes.
             tower = TowerOutput(whole[..., : self.width], _as_it_is)
             kept = self._choose(tower, keep, [images[i] for i in which])
+            if self.recorder is not None and self.recorder.step:
+                names = [images[i] for i in which]
+                keys = [None if name is None else (name, keep, tower.total) for name in names]
+                self.recorder.selected(tower, kept, keys, self.selector, self.params)
             left = combine(tower, Choice(kept), self.selector, self.params)
             if whole.shape[-1] > self.width:
                 added = whole[..., self.width :]

@@ -21,6 +21,7 @@ from eos_vllm.serving.options import reads_cached_keys
 from eos_vllm.serving.proof import prove_worker
 from eos_vllm.serving.rehearsal import rehearse, rehearse_memory
 from eos_vllm.serving.requests import plan_of_features
+from eos_vllm.serving.trace import follow_traces
 from eos_vllm.serving.watch import follow_plans
 
 
@@ -68,6 +69,8 @@ class EosModelState(DefaultModelState):
         hook_v2_runner()
         self.planned: dict[str, Planned] = {}
         self.reduction: Any = self.model.eos
+        if self.model.eos_recorder is not None:
+            follow_traces(GPUModelRunner)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Plans a request that is new, or that comes back after a preemption."""

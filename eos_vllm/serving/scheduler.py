@@ -23,11 +23,12 @@ from eos_vllm.serving.counting import count_selected
 from eos_vllm.serving.elastic import Elastic, least_of, levels
 from eos_vllm.serving.kv_cache import planned_blocks, prefilled
 from eos_vllm.serving.metrics import Counters, pack_stats
-from eos_vllm.serving.options import planner_of
+from eos_vllm.serving.options import has_page, planner_of
 from eos_vllm.serving.prefix_cache import RequestKeys
 from eos_vllm.serving.proof import prove_allocation
 from eos_vllm.serving.report import startup_report
 from eos_vllm.serving.requests import plan_of_features
+from eos_vllm.serving.trace_book import TraceBook
 from eos_vllm.serving.watch import PLANNED
 
 logger = init_logger("vllm.eos")
@@ -60,6 +61,9 @@ class EosSchedulerMixin(Scheduler):
         self.chosen: dict[str, int | float | str] = {}
         self._stepped = 0.0  # when the last step ended
         self.elastic = elastic_of(planner, self.kv_cache_config)
+        self.traces: TraceBook | None = None
+        if has_page(self.vllm_config):
+            self.traces = TraceBook(planner, self.vllm_config, self.coordinator.single_type_managers)
         logger.info("eos: %s", startup_report(planner, self.vllm_config, self.kv_cache_config))
 
     def add_request(self, request: Request) -> None:
@@ -83,6 +87,8 @@ class EosSchedulerMixin(Scheduler):
                 self._unreduced.add(name)
             if self.cache_config.enable_prefix_caching:
                 self.keys[name] = RequestKeys(request, plan, self.block_size, self.hasher, self.planner.block > 1)
+            if self.traces is not None:
+                self.traces.add(request)
         super().add_request(request)
 
     def _choose_budget(self, elastic: Elastic, request: Request) -> None:
@@ -110,6 +116,8 @@ class EosSchedulerMixin(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; tells the client which budget was chosen, in the response's ``kv_transfer_params``."""
+        if self.traces is not None and self.traces.active:
+            self.traces.end(request)
         kv_params, *others = super()._free_request(request, *args, **kwargs)
         if (budget := self.chosen.pop(request.request_id, None)) is not None:
             kv_params = {**(kv_params or {}), REQUEST_FIELD: budget}
@@ -147,6 +155,8 @@ class EosSchedulerMixin(Scheduler):
         if self.elastic is not None:
             prefills = prefilled(step, self.requests, self.plans, self.kv_cache_config)
             setattr(step, _BEGAN, (time.monotonic(), prefills))
+        if self.traces is not None and self.traces.is_busy:
+            self.traces.announce(step, self.requests)
         return step
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
 """What can be asked of a worker by ``collective_rpc``: its counts, its set-up, and whether it is still proved."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from eos_vllm.core.plan import Planner
@@ -37,6 +38,16 @@ class EosWorkerExtension:
             "reduction_seconds": reduction.clock.seconds(),
             "lost": [*report["lost"], *what_is_lost(reduction, layers)],
         }
+
+    def eos_trace(self, name: str, keys: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        """What was recorded of a request, which is forgotten (:meth:`eos_vllm.serving.trace.Recorder.take`)."""
+        worker: Any = self
+        model = worker.model_runner.get_model()
+        if (recorder := getattr(model, "eos_recorder", None)) is None:
+            return []
+        before = getattr(model, "eos_before", None)
+        records = recorder.take(name, keys, {} if before is None else before.choices)
+        return [record.model_dump() for record in records]
 
 
 def parts_missing(planner: Planner | None, model: Any) -> list[str]:

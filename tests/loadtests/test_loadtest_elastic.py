@@ -164,7 +164,7 @@ def test_goodput_accuracy_and_what_the_tables_say(folder: Path) -> None:
     assert 0.1 < half < 0.2
     goodput, accuracy = tables(results)
     assert goodput.rows[1] == ("2 (2.00/s)", "0.00", "1.00", "1.00", "1.00", "1.00 (1.00 to 1.00)", "128")
-    assert [cell.split(" ")[0] for cell in accuracy.rows[0]] == ["0.5", "100.0", "90.0", "60.0", "75.0"]
+    assert [cell.split(" ")[0] for cell in accuracy.rows[0]] == ["0.5", "100.0", "90.0", "60.0", "75.0", "15.0"]
     # A row is of one model and one profile, which the title names.
     assert "embedded, random weights; profile sparsevlm-v2" in goodput.title
     assert "embedded model; profile embedded-sparsevlm-v2" in accuracy.title

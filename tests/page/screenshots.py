@@ -1,7 +1,7 @@
 """Pictures of the page for the documentation: ``make page-screenshots``.
 
 Starts the embedded model with the page, puts some requests on it so that there is something to watch, and writes
-``docs/page/*.png``, with as few colours as a picture of flat areas needs.
+``docs/page/*.png``, in a palette of colours where they would be too large for a repository otherwise.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PHONE = {"width": 390, "height": 844}
 COLOURS = 256
 MOST_BYTES = 250_000
 SAMPLE = 3
-BUDGETS = (576, 400, 330)
+BUDGETS = (576, 192, 192, 32, 32, 32)  # how often each is asked for
 
 
 class Load:
@@ -36,7 +36,7 @@ class Load:
     def __init__(self, url: str) -> None:
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         self.over = threading.Event()
-        self.threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(3)]
+        self.threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(5)]
 
     def __enter__(self) -> "Load":
         for thread in self.threads:
@@ -58,7 +58,7 @@ class Load:
                 self.client.chat.completions.create(
                     model="embedded",
                     messages=[{"role": "user", "content": content}],
-                    max_tokens=24,
+                    max_tokens=96,
                     temperature=0,
                     extra_body={"vllm_xargs": {"eos_retain": BUDGETS[number % len(BUDGETS)]}, "ignore_eos": True},
                 )
@@ -75,14 +75,17 @@ def opened(browser: Any, url: str, view: str, **settings: Any) -> Any:
     return page
 
 
-def taken(page: Any, name: str, folder: Path) -> None:
-    """Writes one picture: palette PNG."""
+def taken(page: Any, name: str, folder: Path, whole: bool = True) -> None:
+    """Writes one picture, of the whole page or of what the screen shows."""
     page.mouse.move(0, 0)
     raw = folder / f"{name}.raw.png"
-    page.screenshot(path=raw, full_page=True)
+    page.screenshot(path=raw, full_page=whole)
     with Image.open(raw) as picture:
-        small = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-    small.save(folder / f"{name}.png", optimize=True)
+        whole_colours = picture.convert("RGB")
+    file = folder / f"{name}.png"
+    whole_colours.save(file, optimize=True)
+    if file.stat().st_size > MOST_BYTES:
+        whole_colours.quantize(COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
     raw.unlink()
     page.context.close()
 
@@ -100,14 +103,11 @@ def all_views(server: Server, folder: Path) -> None:
     with start_browser(chromium()) as browser:
         page = opened(browser, server.url, "ask")
         sampled(page)
-        slide(page, 400)
         ask_here(page)
         taken(page, "ask", folder)
 
         page = opened(browser, server.url, "look")
         sampled(page)
-        slide(page, 330)
-        page.locator("#goes").select_option("tint")
         page.locator("#second").fill(make_sample("test", SAMPLE).questions[1].text)
         look_at(page)
         page.locator("[data-question='2'] canvas").first.wait_for()
@@ -125,11 +125,12 @@ def all_views(server: Server, folder: Path) -> None:
         page = opened(browser, server.url, "ask", viewport=PHONE, device_scale_factor=1)
         sampled(page)
         ask_here(page)
-        taken(page, "ask-phone", folder)
+        page.locator("#ask").evaluate("element => element.scrollIntoView()")
+        taken(page, "ask-phone", folder, whole=False)
 
         page = opened(browser, server.url, "look", color_scheme="dark")
         sampled(page)
-        slide(page, 330)
+        slide(page, 192)
         page.locator("#goes").select_option("lines")
         look_at(page)
         taken(page, "look-dark", folder)

@@ -64,7 +64,9 @@ def test_words_that_differ_are_marked(page: Any) -> None:
 def test_the_slider_says_what_eos_vllm_plan_says(budget: int, page: Any, capsys: pytest.CaptureFixture[str]) -> None:
     slide(page, budget)
     capsys.readouterr()
-    command = f"plan --profile {PROFILE} --model {embedded.path()} --retain {budget} --block-size 32 --dtype float32 --json"
+    command = (
+        f"plan --profile {PROFILE} --model {embedded.path()} --retain {budget} --block-size 32 --dtype float32 --json"
+    )
     assert main(command.split()) == 0
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     rows = dict(

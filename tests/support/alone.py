@@ -14,13 +14,17 @@ from typing import Any
 from eos_vllm.core.profile import Profile, parse_profile
 from support.engines import Answer, Ask, BlockWatch, answer_all, engine, free_blocks, mixed_asks, scheduler_of
 from support.runner_v2 import allow_asynchronous_scheduling, is_wanted
+from support.traces import answer_traced
 
 TESTS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What came of it: answers, the workers' reports, and facts of the engine."""
+    """What came of it: answers, the workers' reports, and facts of the engine.
+
+    With the setting ``page`` the requests are asked once more before, traced; their traces are among the facts.
+    """
 
     answers: list[Answer]
     reports: list[dict[str, Any]]
@@ -94,6 +98,10 @@ def main(file: Path) -> None:
     task = json.loads(file.read_text(encoding="utf-8"))
     profile = task["profile"] and parse_profile(task["profile"])
     with engine(task["model"], profile, **task["settings"]) as llm:
+        traces = []
+        if task["settings"].get("page"):
+            traces = [trace.model_dump() for _, trace in answer_traced(llm, asks_of(*task["asks"]))]
+            llm.reset_prefix_cache()
         free = free_blocks(llm)
         with BlockWatch(scheduler_of(llm)) as watch:
             answers = [asdict(answer) for answer in answer_all(llm, asks_of(*task["asks"]))]
@@ -102,6 +110,7 @@ def main(file: Path) -> None:
         if not task["settings"].get("disable_log_stats", True):
             drafted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens")
         facts = {"preemptions": watch.preemptions, "drafted": drafted, "lost_blocks": free - free_blocks(llm)}
+        facts["traces"] = traces
     result = {"answers": answers, "reports": reports, "facts": facts}
     file.with_suffix(".result").write_text(json.dumps(result), encoding="utf-8")
 

@@ -32,8 +32,10 @@ class Answer:
 
 
 @contextmanager
-def engine(model: Any, profile: Profile | None, retain: int | None = None, **settings: Any) -> Iterator[Any]:
-    """A ``vllm.LLM`` in this process; float32, eager."""
+def engine(
+    model: Any, profile: Profile | None, retain: int | None = None, page: bool = False, **settings: Any
+) -> Iterator[Any]:
+    """A ``vllm.LLM`` in this process; float32, eager. ``page`` turns traces on."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -50,7 +52,7 @@ def engine(model: Any, profile: Profile | None, retain: int | None = None, **set
     if profile is not None:
         if "enable_prefix_caching" not in settings:
             del arguments["enable_prefix_caching"]
-        arguments["additional_config"] = {"eos": {"profile": profile.to_dict(), "retain": retain}}
+        arguments["additional_config"] = {"eos": {"profile": profile.to_dict(), "retain": retain, "page": page}}
     llm = LLM(str(model), **arguments)
     try:
         yield llm
@@ -75,11 +77,12 @@ def free_blocks(llm: Any) -> int:
     return scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
-def params_of(ask: Ask) -> Any:
+def params_of(ask: Ask, **extra_args: Any) -> Any:
     """Greedy sampling parameters with the five best log-probabilities, and the request's budget if it names one."""
     from vllm import SamplingParams
 
-    extra = None if ask.budget is None else {REQUEST_FIELD: ask.budget}
+    extra = extra_args if ask.budget is None else {REQUEST_FIELD: ask.budget, **extra_args}
+    extra = extra or None
     return SamplingParams(temperature=0, max_tokens=ask.max_tokens, ignore_eos=True, logprobs=5, extra_args=extra)
 
 

@@ -114,7 +114,8 @@ def test_a_lower_floor_never_gives_a_costlier_choice(wanted: Wish, lower: float,
     if strict.choice is not None:
         assert easy.choice is not None
         assert easy.choice.kv_bytes <= strict.choice.kv_bytes
-        assert easy.choice.requests_fit >= strict.choice.requests_fit >= wanted.concurrency
+        # Not more than before, to the request: blocks of unlike size leave unlike remainders.
+        assert min(easy.choice.requests_fit, strict.choice.requests_fit) >= wanted.concurrency
 
 
 @settings(deadline=None, max_examples=60)
@@ -126,7 +127,8 @@ def test_more_memory_or_fewer_requests_never_lose_a_choice(wanted: Wish, more: f
     if first.choice is not None:
         assert larger.choice is not None
         assert fewer.choice is not None
-        assert larger.choice.kv_bytes == fewer.choice.kv_bytes == first.choice.kv_bytes
+        assert larger.choice.kv_bytes <= first.choice.kv_bytes
+        assert fewer.choice.kv_bytes <= first.choice.kv_bytes
     else:
         assert first.misses
         assert first.nearest is not None
@@ -193,12 +195,14 @@ def test_a_choice_can_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[st
 )
 def test_counts_are_served_as_they_were_measured(profile: str, flag: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """Reducers inside the decoder are rounded to blocks unless told otherwise; one before it alone never is."""
-    asked = ["--kv-gib", "1", "--concurrency", "64", "--accuracy-floor", "0.8", "--profile", profile]
+    asked = ["--kv-gib", "1", "--concurrency", "64", "--accuracy-floor", "0.82", "--profile", profile]
     shown = output(capsys, "advise", *asked)
-    option = catalogue().advise(wish(accuracy_floor=0.8, profiles=(profile,))).choice
+    option = catalogue().advise(wish(accuracy_floor=0.82, profiles=(profile,))).choice
     assert option is not None
     assert option.rounds is flag
-    assert (f"--eos-retain {option.budget} --eos-exact-counts" in shown) is flag
+    served = f"--eos-profile {option.shipped} --eos-retain {option.budget}"
+    assert (f"{served} --eos-exact-counts" in shown) is (flag and option.shipped is not None)
+    assert (served in shown) is (option.shipped is not None)
 
 
 def test_one_profile_at_a_time() -> None:

@@ -5,17 +5,20 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.sequence import IntermediateTensors
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from eos_vllm.serving.contract import check_contract
 from eos_vllm.serving.hosts import host_of
 from eos_vllm.serving.metrics import Counters
 from eos_vllm.serving.model import Reduction
-from eos_vllm.serving.options import planner_of
+from eos_vllm.serving.options import has_page, planner_of
 from eos_vllm.serving.preselection import Preselection
 from eos_vllm.serving.row_selection import RowSelection
 from eos_vllm.serving.runner_v1 import hook_v1_runner
 from eos_vllm.serving.stages import extend_intermediate_tensors, fill
+from eos_vllm.serving.trace import Recorder, follow_traces
 
 
 class EosHostMixin:
@@ -30,6 +33,7 @@ class EosHostMixin:
         planner = planner_of(vllm_config)
         self.eos: Reduction | None = None
         self.eos_before: Preselection | RowSelection | None = None
+        self.eos_recorder: Recorder | None = None
         if planner is None:
             return
         check_contract("worker", host_of(vllm_config.model_config).reliances)
@@ -43,6 +47,17 @@ class EosHostMixin:
             self.eos.row_width += self.eos_channels if self.eos_before is not None else 0
             if self.eos.stages > 1:
                 extend_intermediate_tensors(self, self.eos.sends_embeddings)
+        if has_page(vllm_config):
+            self.eos_record_traces()
+
+    def eos_record_traces(self) -> None:
+        """Makes a recorder, and gives it to all that chooses."""
+        recorder = self.eos_recorder = Recorder(stores=get_tensor_model_parallel_rank() == 0)
+        if self.eos_before is not None:
+            self.eos_before.recorder = recorder
+        if self.eos is not None:
+            self.eos.recorder = self.eos.batch.recorder = recorder
+        follow_traces(GPUModelRunner)
 
     # What a family may do otherwise.
 

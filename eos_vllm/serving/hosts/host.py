@@ -9,6 +9,31 @@ from eos_vllm.core.profile import Profile
 from eos_vllm.serving.contract import Reliance
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Where the tokens of an image stand; all None where that is not known.
+
+    Attributes:
+        rows: of the grid, where the image is one.
+        columns: of the grid.
+        boxes: otherwise the part of the uploaded image that each token stands for, as left, top, right, bottom in
+            fractions of its width and height; None for the end of a row.
+    """
+
+    rows: int | None = None
+    columns: int | None = None
+    boxes: Sequence[tuple[float, float, float, float] | None] | None = None
+
+
+# Of an image's processed data (None where they are elsewhere) and its number of tokens, ends of rows included.
+GridOf = Callable[[Any, int], Grid]
+
+
+def unknown_grid(model_config: Any) -> GridOf:
+    """A family that says nothing of its grids."""
+    return lambda data, tokens: Grid()
+
+
 def nothing_else(profile: Profile, config: Any) -> None:
     """A family without checks of its own."""
 
@@ -25,6 +50,7 @@ class Host:
         name: for people.
         language_models: kinds of language models (``model_type``) that reduction is proven for.
         check: raises a SettingError where a profile and the model's configuration do not go together.
+        grids: of a model's configuration, how to tell where an image's tokens stand.
         reliances: names of vLLM's that the family's classes use beyond those of all.
         image_token: of a configuration, the token that stands for a visual one, where an image holds text as well;
             None where it holds none.
@@ -34,6 +60,7 @@ class Host:
     language_models: Sequence[str]
     check: Callable[[Profile, Any], None] = nothing_else
     image_token: Callable[[Any], int | None] = all_visual
+    grids: Callable[[Any], GridOf] = unknown_grid
     reliances: Sequence[Reliance] = ()
 
     def check_language_model(self, config: Any) -> None:

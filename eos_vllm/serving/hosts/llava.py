@@ -1,5 +1,6 @@
 """LLaVA-1.5: a fixed number of patches per image, a CLIP tower that selectors may look into, contiguous tokens."""
 
+import math
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -13,7 +14,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import Profile
 from eos_vllm.serving.hosts.base import EosHostMixin
-from eos_vllm.serving.hosts.host import Host
+from eos_vllm.serving.hosts.host import Grid, GridOf, Host
 from eos_vllm.serving.image_processor import build_processor
 from eos_vllm.serving.metrics import Counters
 from eos_vllm.serving.preselection import Preselection
@@ -70,4 +71,14 @@ def check_tower(profile: Profile, config: Any) -> None:
         raise SettingError("model.vision_feature_select_strategy", strategy, problem, "leave layer -1 out")
 
 
-HOST = Host("LLaVA-1.5", ("llama", "mistral", "qwen2"), check)
+def grids(model_config: Any) -> GridOf:
+    """A square of patches; it covers what the processor leaves of the image, which for CLIP's is its middle."""
+
+    def grid(data: Any, tokens: int) -> Grid:
+        side = math.isqrt(tokens)
+        return Grid(side, side) if side * side == tokens else Grid()
+
+    return grid
+
+
+HOST = Host("LLaVA-1.5", ("llama", "mistral", "qwen2"), check, grids=grids)

@@ -1,5 +1,6 @@
 """LLaVA-NeXT: a small copy of the image, then its tiles row by row; the end of each row is text."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,29 @@ from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import Profile
 from eos_vllm.serving.contract import Takes
 from eos_vllm.serving.hosts.base import EosHostMixin
-from eos_vllm.serving.hosts.host import Host, check_rows_selector
+from eos_vllm.serving.hosts.host import Grid, GridOf, Host, check_rows_selector
 from eos_vllm.serving.image_processor import EosProcessorMixin
+
+
+def row_ends(info: Any, width: int, height: int) -> tuple[int, int, int]:
+    """Of an image: tokens in front of the grid, rows of the grid, and visual tokens of a row.
+
+    Args:
+        info: vLLM's processing info of the model.
+        width: of the image, in pixels.
+        height: of the image.
+    """
+    config, encoder = info.get_hf_config(), info.get_vision_encoder_info()
+    grid = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, encoder.get_image_size())
+    patches, rows = info._get_num_unpadded_features(
+        original_height=height,
+        original_width=width,
+        npatches=encoder.get_patch_grid_length(),
+        num_patch_height=grid[0],
+        num_patch_width=grid[1],
+    )
+    total = info.get_num_image_tokens(image_width=width, image_height=height)
+    return total - patches - rows, rows, patches // rows
 
 
 class RowEndsMixin(EosProcessorMixin):
@@ -31,18 +53,7 @@ class RowEndsMixin(EosProcessorMixin):
 
     def eos_row_ends(self, width: int, height: int) -> tuple[int, int, int]:
         """Of an image: tokens in front of the grid, rows of the grid, and visual tokens of a row."""
-        info: Any = self.info  # type: ignore[attr-defined]
-        config, encoder = info.get_hf_config(), info.get_vision_encoder_info()
-        grid = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, encoder.get_image_size())
-        patches, rows = info._get_num_unpadded_features(
-            original_height=height,
-            original_width=width,
-            npatches=encoder.get_patch_grid_length(),
-            num_patch_height=grid[0],
-            num_patch_width=grid[1],
-        )
-        total = info.get_num_image_tokens(image_width=width, image_height=height)
-        return total - patches - rows, rows, patches // rows
+        return row_ends(self.info, width, height)  # type: ignore[attr-defined]
 
     def eos_placeholders(self, tokens: list[int], index: int, mm_items: Any) -> list[int]:
         """Line breaks where rows of the grid end."""
@@ -98,9 +109,39 @@ def image_token(config: Any) -> int:
     return config.image_token_index
 
 
+def grids(model_config: Any) -> GridOf:
+    """The small copy, a square over the whole image; then the grid, whose padding is cut off, over it again."""
+    info: Any = MULTIMODAL_REGISTRY.get_processing_info(model_config)
+
+    def grid(data: Any, tokens: int) -> Grid:
+        if data is None or "image_sizes" not in data:
+            return Grid()
+        height, width = (int(n) for n in data["image_sizes"].data)
+        before, rows, columns = row_ends(info, width, height)
+        side = math.isqrt(before)
+        if side * side != before or before + rows * (columns + 1) != tokens:
+            return Grid()
+        boxes: list[tuple[float, float, float, float] | None] = list(cells(side, side))
+        whole = cells(rows, columns)
+        for row in range(rows):
+            boxes += [*whole[row * columns : (row + 1) * columns], None]
+        return Grid(boxes=boxes)
+
+    return grid
+
+
+def cells(rows: int, columns: int) -> list[tuple[float, float, float, float]]:
+    """The cells of a grid over a whole image, row by row."""
+    return [
+        (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
 _INFO = "vllm.model_executor.models.llava_next:LlavaNextProcessingInfo"
 ROW_ENDS = (
     Takes(f"{_INFO}._get_num_unpadded_features", ("original_height", "original_width", "npatches")),
     Takes(f"{_INFO}.get_num_image_tokens", ("image_width", "image_height")),
 )
-HOST = Host("LLaVA-NeXT", ("mistral", "llama", "qwen2"), check, image_token, ROW_ENDS)
+HOST = Host("LLaVA-NeXT", ("mistral", "llama", "qwen2"), check, image_token, grids, ROW_ENDS)

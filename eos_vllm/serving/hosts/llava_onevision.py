@@ -15,7 +15,7 @@ from eos_vllm.core.profile import Profile
 from eos_vllm.serving.hosts import llava_next as row_ends
 from eos_vllm.serving.hosts.base import EosHostMixin
 from eos_vllm.serving.hosts.host import Host
-from eos_vllm.serving.hosts.llava_next import ROW_ENDS, RowEndsMixin, image_token
+from eos_vllm.serving.hosts.llava_next import ROW_ENDS, RowEndsMixin, grids, image_token
 
 _TILING = "anyres_max_9"
 
@@ -43,4 +43,4 @@ def check(profile: Profile, config: Any) -> None:
     row_ends.check(profile, config)
 
 
-HOST = Host("LLaVA-OneVision", ("qwen2",), check, image_token, ROW_ENDS)
+HOST = Host("LLaVA-OneVision", ("qwen2",), check, image_token, grids, ROW_ENDS)

@@ -8,8 +8,22 @@ import numpy as np
 import torch
 
 from eos_vllm.serving.hosts.base import EosHostMixin
+from eos_vllm.serving.hosts.host import Grid, GridOf
 from eos_vllm.serving.image_processor import EosProcessorMixin
 from eos_vllm.serving.row_selection import to_device
+
+
+def grids(model_config: Any) -> GridOf:
+    """The image, resized to whole cells, is one grid."""
+    merge = model_config.hf_config.vision_config.spatial_merge_size
+
+    def grid(data: Any, tokens: int) -> Grid:
+        if data is None or "image_grid_thw" not in data:
+            return Grid()
+        _, rows, columns = (int(n) // merge for n in data["image_grid_thw"].data)
+        return Grid(rows, columns) if rows * columns == tokens else Grid()
+
+    return grid
 
 
 class GridProcessorMixin(EosProcessorMixin):

@@ -10,7 +10,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from eos_vllm.serving.contract import Takes
 from eos_vllm.serving.hosts.host import Host, check_rows_selector
-from eos_vllm.serving.hosts.mrope import GridHostMixin, GridProcessorMixin
+from eos_vllm.serving.hosts.mrope import GridHostMixin, GridProcessorMixin, grids
 
 
 class EosQwen25VLProcessor(GridProcessorMixin, Qwen2_5_VLMultiModalProcessor):
@@ -28,6 +28,7 @@ HOST = Host(
     "Qwen2.5-VL",
     ("qwen2_5_vl_text",),
     check_rows_selector,
+    grids=grids,
     reliances=(
         Takes(
             "vllm.model_executor.models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions",

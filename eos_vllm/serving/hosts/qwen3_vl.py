@@ -14,7 +14,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from eos_vllm.serving.contract import Takes
 from eos_vllm.serving.hosts.host import Host, check_rows_selector
-from eos_vllm.serving.hosts.mrope import GridHostMixin, GridProcessorMixin
+from eos_vllm.serving.hosts.mrope import GridHostMixin, GridProcessorMixin, grids
 
 
 class EosQwen3VLProcessor(GridProcessorMixin, Qwen3VLMultiModalProcessor):
@@ -50,6 +50,7 @@ HOST = Host(
     "Qwen3-VL",
     ("qwen3_vl_text",),
     check_rows_selector,
+    grids=grids,
     reliances=(
         Takes(f"{_MODEL}.get_mrope_input_positions", ("input_tokens", "mm_features")),
         Takes(f"{_MODEL}._get_deepstack_input_embeds", ("num_tokens",)),

@@ -80,7 +80,7 @@ export async function json(path, options) {
  * A chat completion, streamed.
  *
  * `request`: {model, messages, budget, trace, salt (of the prefix cache), maxTokens, signal}; `onText` is called with each piece. Returns {id, text,
- * first (ms to the first token), perToken (ms between tokens, null for one), tokens, promptTokens, cached, finish}.
+ * first (ms to the first token), perToken (ms between tokens, null where none was seen), tokens, promptTokens, cached, finish}.
  */
 export async function chat(request, onText) {
   const extra = {};
@@ -132,7 +132,9 @@ export async function chat(request, onText) {
     reached(false);
     throw new ApiError(0, "the server left in the middle of the answer");
   }
-  if (out.tokens > 1 && out.first !== null) out.perToken = (last - start - out.first) / (out.tokens - 1);
+  const since = out.first === null ? 0 : last - start - out.first;
+  // Tokens that came in one piece of the network have no time between them.
+  if (out.tokens > 1 && since >= 1) out.perToken = since / (out.tokens - 1);
   return out;
 }
 

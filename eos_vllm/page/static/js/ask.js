@@ -169,7 +169,7 @@ class Card {
     replace(
       this.figures,
       figure("First token after", ms(answer.first), "Time from sending the request to its first token, as this browser saw it"),
-      figure("Per further token", answer.perToken === null ? "one token only" : ms(answer.perToken), "Mean time between tokens"),
+      figure("Per further token", answer.perToken === null ? (answer.tokens > 1 ? "came together" : "one token only") : ms(answer.perToken), "Mean time between tokens"),
       figure("Tokens of the answer", `${count(answer.tokens)}${answer.finish === "length" ? " (cut)" : ""}`),
       figure("Prompt tokens", count(answer.promptTokens), "Before any reduction inside the decoder"),
       figure("KV blocks held", blocks === undefined ? unknown : count(blocks), "In all KV groups, at the end of the answer"),

@@ -112,6 +112,9 @@ function keys() {
   );
 }
 
+/** Whether this server keeps other counts at a point's budget than it was measured with. */
+const roundedOther = (point) => Array.isArray(point.counts_here) && String(point.counts_here) !== String(point.counts);
+
 function tell(detail, point) {
   if (point === null) {
     replace(detail, el("h2", {}, "What a point rests on"), el("p", { class: "note" }, "Choose a point: click it, or move to it by the Tab key and press Enter."));
@@ -129,6 +132,8 @@ function tell(detail, point) {
       figure("Right answers", `${percent(accuracy.mean, 1)} (${(100 * accuracy.low).toFixed(1)} to ${percent(accuracy.high, 1)})`),
       figure("without counting", point.without_counting === null || point.without_counting === undefined ? "–" : percent(point.without_counting, 1)),
       figure("Questions", count(accuracy.questions)),
+      figure("Kept, as measured", (point.counts ?? []).join(" → "), "Visual tokens of an image left after each reducer"),
+      point.counts_here && figure("Kept here", point.counts_here.join(" → "), "This server rounds to whole KV blocks"),
       figure("Layer average", `${short(point.layer_average)} visual tokens`),
       figure("Visual KV", `${percent(point.kv_share, 1)} of stock's`),
       figure("Requests per second", rate ? `${short(rate.value)} (${short(rate.low)} to ${short(rate.high)})` : "not measured"),
@@ -141,6 +146,7 @@ function tell(detail, point) {
         ? el("a", { href: "#ask" }, `The slider is at ${point.budget} now: ask`)
         : el("span", { class: "note" }, "Another profile than this server's: start one with it to ask."),
     ),
+    roundedOther(point) && el("p", { class: "note" }, "It was measured at its exact counts; this server rounds to whole KV blocks and keeps more."),
     el("p", { class: "note" }, "Rests on ", el("code", {}, point.source), `${origin(point)}. 95 % interval by bootstrap over images.`),
   );
 }
@@ -148,7 +154,7 @@ function tell(detail, point) {
 /** When, with which revision and on what a point was measured. */
 function origin(point) {
   const raw = data.origin?.find((one) => one.file === point.source);
-  return raw === undefined ? "" : `: ${raw.about} (${raw.created.slice(0, 10)}, revision ${raw.git.slice(0, 9)}, ${raw.machine})`;
+  return raw === undefined ? "" : `: ${raw.about}. ${raw.created.slice(0, 10)}, revision ${raw.git.slice(0, 9)}, ${raw.machine}`;
 }
 
 function table() {

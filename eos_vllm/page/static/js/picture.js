@@ -58,7 +58,7 @@ export function picture(source, image, reducer, title, options, read) {
     const kept = state === "kept";
     // What is kept hardly fades, so that it can be told from what is not.
     const strength = importance && rank !== null ? rank : 0.5;
-    context.globalAlpha = kept ? 0.75 + 0.25 * (importance && rank !== null ? rank : 1) : 0.1 + 0.3 * strength;
+    context.globalAlpha = kept ? 0.75 + 0.25 * (importance && rank !== null ? rank : 1) : 0.2 + 0.4 * strength;
     const [from, across, down] = kept ? [source, w, h] : [grey, WIDTH, canvas.height];
     const [x0, y0, x1, y1] = own[token];
     context.drawImage(from, x0 * across, y0 * down, (x1 - x0) * across, (y1 - y0) * down, x, y, width, height);
