@@ -96,7 +96,7 @@ class UnsentImages:
         self.bytes += size
 
     def _drop(self, name: str | None) -> None:
-        if name in self.images:
+        if name is not None and name in self.images:
             self.bytes -= self.images.pop(name)[2]
 
     def _drop_old(self) -> None:
