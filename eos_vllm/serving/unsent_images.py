@@ -28,6 +28,8 @@ class UnsentImages:
         self.renderer, self.now = renderer, now
         self.images: OrderedDict[str, tuple[float, Any, int]] = OrderedDict()
         self.bytes = 0
+        # The request that was checked last, until vLLM admits it.
+        self.latest: Any = None
         # Others send all images, or their places in shared memory.
         self.leaves_out = isinstance(renderer.mm_processor_cache, LruKeyReplicatedSenderCache)
 
@@ -45,11 +47,20 @@ class UnsentImages:
                     if (item := item or self._held(name)) is not None:
                         self._keep(name, item)
             self._drop_old()
-        emptied = self.renderer._mm_executor.submit(self.renderer.clear_mm_cache)
-        try:
-            asyncio.get_running_loop().call_later(SECONDS + 1, self._drop_old)
-        except RuntimeError:
-            emptied.result()  # no event loop here that waiting would hold up
+        self._send_again()
+
+    def refuse_latest(self) -> None:
+        """Does so for the request that was checked last: vLLM's own limits turn it away before anything else runs."""
+        request, self.latest = self.latest, None
+        features = [] if request is None else request.mm_features or []
+        if not features:
+            return
+        if self.leaves_out:
+            for feature in features:
+                if feature.data is not None:
+                    self._keep(feature.mm_hash, feature.data)
+            self._drop_old()
+        self._send_again()
 
     def complete(self, request: Any) -> None:
         """Gives a request the images that were left out of it, and that a refused one did not send."""
@@ -60,11 +71,20 @@ class UnsentImages:
                     feature.data = self._held(feature.mm_hash)
 
     def sent(self, request: Any) -> None:
-        """The engine will see this request: it has the images of these names from then on."""
+        """The engine will see this request, if vLLM admits it: it has the images of these names from then on."""
+        self.latest = request
         if self.images:
             for feature in request.mm_features or ():
                 if feature.data is not None:
                     self._drop(feature.mm_hash)
+
+    def _send_again(self) -> None:
+        """Empties the front end's cache, where vLLM renders, so that images rendered from then on are sent."""
+        emptied = self.renderer._mm_executor.submit(self.renderer.clear_mm_cache)
+        try:
+            asyncio.get_running_loop().call_later(SECONDS + 1, self._drop_old)
+        except RuntimeError:
+            emptied.result()  # no event loop here that waiting would hold up
 
     def _held(self, name: str | None) -> Any:
         return None if name is None or name not in self.images else self.images[name][1]

@@ -57,6 +57,22 @@ def test_one_of_those_may_be_refused_as_well() -> None:
     assert data(unsent, third) == ["pixels of a"]
 
 
+def test_vllm_may_turn_away_what_passed_its_check() -> None:
+    renderer = Renderer()
+    unsent = UnsentImages(renderer)
+    first, second, third = (renderer.render("a") for _ in range(3))
+    for prompt in (first, second):  # the second one carries the image of the first
+        checked = request(prompt)
+        unsent.complete(checked)
+        unsent.sent(checked)
+        unsent.refuse_latest()
+    assert data(unsent, third) == ["pixels of a"]
+    assert renderer.render("a")["mm_kwargs"]["image"] == ["pixels of a"]
+    held = dict(unsent.images)
+    unsent.refuse_latest()  # nothing is left to refuse
+    assert unsent.images == held
+
+
 def test_images_that_the_engine_has_are_not_sent_again() -> None:
     renderer = Renderer()
     unsent = UnsentImages(renderer)
