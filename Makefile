@@ -1,8 +1,8 @@
 # make setup | test | lint | demo | docs | clean
-# make up | down | drill | deploy-check | deploy-rules
+# make up | down | drill | faults | deploy-check | deploy-rules
 # make page | test-page | page-screenshots | page-fuzz
 # make embedded-model | accuracy | several-questions | equal-cost | choices | search | ablations | bench | loadtest | elastic-sweep
-# make bench-smoke | soak
+# make bench-smoke | soak | soak-replicas
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
 # the same. Another interpreter:  make PYTHON=python3.12
@@ -27,8 +27,9 @@ OTHERS := $(PAGE) $(filter-out $(ENGINES) tests/page tests/__pycache__,$(patsubs
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: setup test test-engines test-others lint demo docs clean up down drill deploy-check deploy-rules page test-page page-screenshots page-fuzz
-.PHONY: embedded-model accuracy several-questions equal-cost choices search ablations bench loadtest elastic-sweep bench-smoke soak
+.PHONY: setup test test-engines test-others lint demo docs clean up down drill faults deploy-check deploy-rules
+.PHONY: page test-page page-screenshots page-fuzz
+.PHONY: embedded-model accuracy several-questions equal-cost choices search ablations bench loadtest elastic-sweep bench-smoke soak soak-replicas
 
 setup: $(READY)
 
@@ -160,7 +161,7 @@ loadtest: setup
 
 # Budgets that follow the load against fixed ones and stock, at arrival rates around stock's capacity: an hour; goes on
 # where it was stopped. Figure and tables alone: the second line.
-ELASTIC ?= results/elastic-cpu
+ELASTIC ?= runs/elastic
 elastic-sweep: setup
 	$(BIN)/python -m loadtests.elastic_sweep --out $(ELASTIC)
 	$(BIN)/python -m loadtests.elastic_report $(ELASTIC) --figure docs/elastic.png --readme README.md
@@ -173,6 +174,11 @@ bench-smoke: setup
 soak: setup
 	$(BIN)/python -m loadtests.soak --minutes 30 --out results/soak-cpu.json
 
+# 10,000 requests to two replicas of the embedded model behind vLLM's router, and a quarter of them to stock's.
+soak-replicas: setup
+	$(BIN)/python -m loadtests.soak --requests 10000 --replicas 2 --aborted 0.3 --out results/soak-two-replicas.json
+	$(BIN)/python -m loadtests.soak_chart results/soak-two-replicas.json docs/soak.png
+
 # Two replicas of the embedded model, vLLM's router and Prometheus, as processes: http://127.0.0.1:8100/v1.
 up down: setup
 	$(BIN)/python deploy/local/stack.py $@
@@ -180,6 +186,11 @@ up down: setup
 # With `make up`: breaks a replica, and waits until the alerts fire and clear (a quarter of an hour).
 drill: setup
 	$(BIN)/python deploy/local/drill.py
+
+# Processes killed, a spoilt profile, a full disk, hanging clients, floods: each with 200 requests in flight on a stack of
+# its own (half an hour; ports 8200 and above, so that make up may stay; mounting the small disk needs root).
+faults: setup
+	PYTHONPATH=. EOS_PORT=8200 EOS_STACK=runs/faults $(BIN)/python deploy/local/faults.py --page docs/operations.md
 
 # Manifests, images, rules and flags, without a server (a minute); part of `make test`, which asks a live one as well.
 deploy-check: setup

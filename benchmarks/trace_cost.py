@@ -37,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="embedded", choices=sorted(PRESETS))
     parser.add_argument("--rounds", type=int, default=60, help="of all cases, in random order (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=600, help="begin no round after these (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--table", type=Path, default=None, help="print the table of this result, and measure nothing")
     args = parser.parse_args()
@@ -49,8 +50,8 @@ def main() -> int:
     settings = {"preset": args.preset, "profile": PROFILE, "requests": REQUESTS, "tokens": TOKENS}
     with tempfile.TemporaryDirectory(prefix="eos-trace-") as folder:
         model = write_tiny_model(Path(folder) / "model", shape=PRESETS[args.preset])
-        measured = measure(model, args.rounds)
-    result = {"provenance": provenance(seed=0), "settings": {**settings, "rounds": args.rounds}, **measured}
+        measured = measure(model, args.rounds, args.seconds)
+    result = {"provenance": provenance(seed=0), "settings": settings, **measured}
     result["over_no_page"] = ratios(result)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -58,8 +59,8 @@ def main() -> int:
     return 0
 
 
-def measure(model: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of each round by case, wall and CPU; seconds to read the traces of a round; their sizes in tokens."""
+def measure(model: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    """Seconds of each round by case, wall and CPU; seconds to read the traces of a round."""
     from vllm import LLM
 
     shape = geometry(model)
@@ -77,8 +78,10 @@ def measure(model: Path, rounds: int) -> dict[str, Any]:
         for page in (False, True)
     }
     found: dict[str, Any] = {"wall": {}, "cpu": {}, "read_seconds": []}
-    order = random.Random(0)
+    order, until = random.Random(0), time.monotonic() + seconds
     for number in range(rounds + 2):
+        if number >= 5 and time.monotonic() > until:  # three rounds at least
+            break
         for name, page, traced in order.sample(CASES, len(CASES)):
             wall, cpu, names = answer(engines[page], traced)
             spent = read(engines[page], names) if traced else 0.0

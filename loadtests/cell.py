@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import requests
 
 from loadtests.client import ask
 from loadtests.records import Record, read_records
-from loadtests.server_metrics import Watch, fetch
+from loadtests.server_metrics import Snapshot, Watch, fetch
 from loadtests.settings import Workload
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +83,13 @@ def settle(base_url: str, model: str, seconds: float = 120.0) -> None:
     raise LocustError(f"{problem}, {seconds:g} s after the last request of a run was sent")
 
 
-def run_cell(workload: Workload, folder: Path, period: float = 1.0, extra: tuple[str, ...] = ()) -> CellRun:
+def run_cell(
+    workload: Workload,
+    folder: Path,
+    period: float = 1.0,
+    extra: tuple[str, ...] = (),
+    look: Callable[[str], Snapshot] = fetch,
+) -> CellRun:
     """Runs locust to the end of the workload.
 
     Args:
@@ -90,6 +97,7 @@ def run_cell(workload: Workload, folder: Path, period: float = 1.0, extra: tuple
         folder: takes locust's files.
         period: seconds between two looks at the server's metrics.
         extra: further arguments of locust, ``--html`` or ``--csv`` say.
+        look: reads the server's metrics; where the workload's address is a router's, those behind it.
 
     Raises:
         LocustError: locust did not come to its end, or left no records.
@@ -97,7 +105,7 @@ def run_cell(workload: Workload, folder: Path, period: float = 1.0, extra: tuple
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "workload.json").write_text(json.dumps(workload.to_dict()))
     start = time.monotonic()
-    with Watch(workload.base_url, period) as watch, (folder / "locust.log").open("w") as log:
+    with Watch(workload.base_url, period, look) as watch, (folder / "locust.log").open("w") as log:
         code = subprocess.run(
             locust_command(workload, folder, extra),
             cwd=_ROOT,

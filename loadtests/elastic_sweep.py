@@ -113,7 +113,12 @@ class Sweep:
             raise SettingError("embedded-profile", options.embedded_profile, problem, "name one of the same method")
         self.store = Store(options.out)
         settings = options.to_dict() | {"levels": list(self.levels), "subject": self.subject.to_dict()}
-        self.store.begin(settings | {"judge": self.judge.to_dict()}, {"provenance": origin(seed=options.seed)})
+        facts = origin(seed=options.seed)
+        self.store.begin(settings | {"judge": self.judge.to_dict()}, {"provenance": facts})
+        # Rates and limits are those of the machine that was calibrated.
+        if (there := self.store.sweep()["sessions"][0]["provenance"]["machine"]) != facts["machine"]:
+            problem = f"it was begun on another machine ({there['processor']}, {there['cores']} cores)"
+            raise SettingError("out", str(options.out.name), problem, "name another folder")
         self.rows = export_benchmark(folder / "rows", _IMAGES)
         self.arrivals = itertools.count()
 

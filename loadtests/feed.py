@@ -91,6 +91,8 @@ class Feed:
         """Sends the requests of one visit, each when the one before is answered; ends early where one fails."""
         self.active += 1
         session = self._idle.pop() if self._idle else requests.Session()
+        # A router in front keeps a visit on its replica, and spreads visits, by this alone.
+        session.headers["X-Session-ID"] = f"{self.workload.label}-{visit.asks[0].number}"
         history: list[dict[str, Any]] = []
         carried: tuple[Picture, ...] = ()
         try:

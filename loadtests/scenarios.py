@@ -170,7 +170,9 @@ class _Planner:
 
     def _abort(self) -> int | None:
         draw = self.draws["abort"]
-        leaves, after = draw.random() < self.workload.abort_share, draw.randint(0, self.workload.output_tokens // 2)
+        most = self.workload.abort_pieces
+        most = self.workload.output_tokens // 2 if most is None else most
+        leaves, after = draw.random() < self.workload.abort_share, draw.randint(0, most)
         return after if leaves else None
 
     def _fault(self) -> str | None:

@@ -45,6 +45,7 @@ class Workload:
         fixed_output: answers have exactly that length (vLLM's ``ignore_eos``).
         prompt_characters: repeat or cut each question to this length, for a prompt of a known number of tokens.
         abort_share: share of requests whose stream the client closes half way.
+        abort_pieces: pieces of the answer that it has seen by then at most; half of ``output_tokens`` where None.
         malformed_share: share of requests that are broken on purpose.
         timeout: seconds of silence after which a request is given up.
         seed: of every draw.
@@ -76,6 +77,7 @@ class Workload:
     fixed_output: bool = True
     prompt_characters: int | None = None
     abort_share: float = 0.0
+    abort_pieces: int | None = None
     malformed_share: float = 0.0
     timeout: float = 600.0
     seed: int = 0

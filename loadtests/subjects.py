@@ -131,9 +131,15 @@ def serving(
         given.wait(options.wait)
         yield given, str(options.served_name)
         return
+    with servers(server_spec(options, subject, environment), kinds, options.serial) as pair:
+        yield pair, MODEL_NAME
+
+
+def server_spec(options: SweepOptions, subject: Subject, environment: dict[str, str] | None = None) -> ServerSpec:
+    """What the servers of a subject that we start ourselves have in common."""
     assert subject.profile is not None
     assert subject.sizes is not None
-    spec = ServerSpec(
+    return ServerSpec(
         model=str(subject.model),
         profile=subject.profile,
         kv_bytes=pool_bytes(options, subject.sizes),
@@ -142,5 +148,3 @@ def serving(
         arguments=options.arguments(),
         environment=environment or {},
     )
-    with servers(spec, kinds, options.serial) as pair:
-        yield pair, MODEL_NAME

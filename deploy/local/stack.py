@@ -1,9 +1,11 @@
 """``make up`` and ``make down``: two replicas, router and Prometheus as processes of one supervisord.
 
-``python deploy/local/stack.py up|down``. Logs and data: ``runs/local``, or the folder that ``EOS_STACK`` names.
+``python deploy/local/stack.py up|down``. Logs and data: ``runs/local``, or the folder that ``EOS_STACK`` names. Ports:
+8100 and above, or as many above ``EOS_PORT``.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +17,19 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 FOLDER = Path(os.environ.get("EOS_STACK", HERE.parents[1] / "runs" / "local")).resolve()
 BIN = Path(sys.executable).parent
-ROUTER, PROMETHEUS = "http://127.0.0.1:8100", "http://127.0.0.1:8190"
-REPLICAS = ("http://127.0.0.1:8101", "http://127.0.0.1:8102")
+PORT = int(os.environ.get("EOS_PORT", "8100"))
+
+
+def shifted(text: str) -> str:
+    """The text with its ports 8100 to 8199 as many above ``EOS_PORT``."""
+    return re.sub(r"\b81\d\d\b", lambda port: str(int(port[0]) - 8100 + PORT), text)
+
+
+ROUTER, PROMETHEUS = shifted("http://127.0.0.1:8100"), shifted("http://127.0.0.1:8190")
+REPLICAS = (shifted("http://127.0.0.1:8101"), shifted("http://127.0.0.1:8102"))
 # Where each says that it is there. vLLM's servers answer only after proof and rehearsal.
 READY = dict.fromkeys((*REPLICAS, ROUTER), "/health") | {PROMETHEUS: "/-/ready"}
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 class StackError(RuntimeError):
@@ -44,7 +54,7 @@ def wait_until_up(*urls: str) -> None:
     """Waits until all of them answer.
 
     Raises:
-        StackError: one does not within five minutes.
+        StackError: one does not within ten minutes.
     """
     deadline = time.monotonic() + START_SECONDS
     for url in urls:
@@ -88,11 +98,34 @@ def down() -> None:
         time.sleep(0.5)
 
 
+def configuration() -> Path:
+    """The configuration of supervisord: the one beside this file, or with other ports a copy in the stack's folder."""
+    if shifted("8100") == "8100":
+        return HERE / "supervisord.conf"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "prometheus.yml").write_text(
+        shifted((HERE / "prometheus.yml").read_text(encoding="utf-8")).replace(
+            "../monitoring", str(HERE.parent / "monitoring")
+        ),
+        encoding="utf-8",
+    )
+    text = shifted((HERE / "supervisord.conf").read_text(encoding="utf-8"))
+    text = text.replace("%(here)s/prometheus.yml", str(FOLDER / "prometheus.yml")).replace("%(here)s", str(HERE))
+    file = FOLDER / "supervisord.conf"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
 def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(program, configuration(), *arguments)
+
+
+def run(program: str, config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program of supervisor with a configuration and the variables that it names."""
     # Where drill.py puts its plugin; supervisord wants every variable that its configuration names.
     paths = filter(None, [str(FOLDER / "plugins"), str(HERE.parents[1] / "tests"), os.environ.get("PYTHONPATH")])
     variables = {**os.environ, "EOS_BIN": str(BIN), "EOS_STACK": str(FOLDER), "EOS_BREAKING": os.pathsep.join(paths)}
-    command = [str(BIN / program), "-c", str(HERE / "supervisord.conf"), *arguments]
+    command = [str(BIN / program), "-c", str(config), *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
 

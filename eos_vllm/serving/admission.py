@@ -2,12 +2,15 @@
 
 vLLM limits the prompt tokens of requests in their prefill, to bound the time to first token by the prefill's speed. Of
 a reduced prompt it counted every visual token, and turned requests away at a fraction of the backlog that was meant.
+
+Whom vLLM turns away, here or by ``--max-num-queued-reqs``, has been rendered, so that its images count as sent.
 """
 
 import functools
 import math
 from typing import Any
 
+from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from eos_vllm.core.plan import RequestPlan
@@ -26,14 +29,17 @@ def prefill_tokens(profile: Profile, plan: RequestPlan) -> int:
 def install_admission() -> None:
     """Makes vLLM's limit count what is left of reduced prompts.
 
-    Why wraps: vLLM's front end keeps the length of a prompt, and nothing of its images. Why safe: without the limit, or
-    without a profile, both pass on. What a reducer before the decoder removes was never counted: it is not in the
+    And has images of whom it turns away sent again (``UnsentImages``): in a flood, every request that shared one ended
+    in status 500.
+
+    Why wraps: vLLM's front end keeps the length of a prompt, and nothing of its images. Why safe: without a limit, or
+    without a profile, all pass on. What a reducer before the decoder removes was never counted: it is not in the
     prompt. Can go when vLLM asks a plugin for a request's cost.
     """
     if getattr(AsyncLLM, "eos_installed", False):
         return
     AsyncLLM.eos_installed = True  # type: ignore[attr-defined]
-    add, queued = AsyncLLM._add_request, AsyncLLM.get_num_queued_tokens
+    add, queued, check = AsyncLLM._add_request, AsyncLLM.get_num_queued_tokens, AsyncLLM.check_admission
 
     @functools.wraps(add)
     async def with_cost(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,5 +63,18 @@ def install_admission() -> None:
         states = self.output_processor.request_states.items()
         return sum(costs.get(name, state.prompt_len) for name, state in states if state.is_prefilling)
 
+    @functools.wraps(check)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        unsent = getattr(self.input_processor, "eos_unsent", None)  # only with a profile
+        try:
+            check(self, *args, **kwargs)
+        except GracefulHTTPError:
+            if unsent is not None:
+                unsent.refuse_latest()
+            raise
+        if unsent is not None:
+            unsent.latest = None
+
+    AsyncLLM.check_admission = noted  # type: ignore[method-assign]
     AsyncLLM._add_request = with_cost  # type: ignore[method-assign]
     AsyncLLM.get_num_queued_tokens = reduced  # type: ignore[method-assign]

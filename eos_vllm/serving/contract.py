@@ -131,6 +131,7 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Takes("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method",)),
         Takes("vllm.v1.engine.async_llm:AsyncLLM._add_request", ("request",)),
         Takes("vllm.v1.engine.async_llm:AsyncLLM.get_num_queued_tokens", ("self",)),
+        Takes("vllm.v1.engine.async_llm:AsyncLLM.check_admission", ("self", "n", "request_id")),
         Has("vllm.config.scheduler:SchedulerConfig", ("max_num_queued_tokens",)),
         Takes("vllm.v1.kv_cache_interface:get_kv_quant_mode", ("kv_cache_dtype",)),
         Has("vllm.config:CUDAGraphMode", ("FULL", "FULL_DECODE_ONLY")),

@@ -72,6 +72,7 @@ class Elastic:
         load: what images take of the engine's time.
         level: of the last request whose image was new.
         seen: levels of images by their identifiers.
+        pinned_images: images of requests with budgets of their own.
     """
 
     levels: Sequence[RetainBudget]
@@ -79,6 +80,7 @@ class Elastic:
     load: ImageLoad = field(init=False)
     level: int = 0
     seen: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    pinned_images: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         self.load = ImageLoad(self.blocks[0])
@@ -86,27 +88,29 @@ class Elastic:
     def choose(
         self,
         now: float,
-        behind: int,
+        behind: float,
         free_blocks: int,
         images: Sequence[str] = (),
         least: RetainBudget | None = None,
         alone: bool = False,
+        weight: float = 1.0,
     ) -> RetainBudget:
         """The budget of a request that arrives.
 
         Args:
             now: seconds of a monotonic clock.
-            behind: requests whose prompts are not prefilled yet.
+            behind: weights of the requests whose prompts are not prefilled yet.
             free_blocks: of the KV cache.
             images: identifiers of its images.
             least: its own floor.
             alone: whether it found no other request, waiting or running.
+            weight: its KV blocks at the ceiling, over those of a request with one image.
         """
         known = [self.seen[image] for image in images if image in self.seen]
         if not known:  # what is known is likely to be cached: it costs little, and says nothing of the load
-            self.load.arrived(now, alone)
+            self.load.arrived(now, alone, weight=weight)
             self.level = self._by_load(behind)
-        fits = [i for i, blocks in enumerate(self.blocks) if (behind + 1) * blocks <= free_blocks * _PROMISED]
+        fits = [i for i, blocks in enumerate(self.blocks) if (behind + weight) * blocks <= free_blocks * _PROMISED]
         level = max(self.level, fits[0] if fits else len(self.levels) - 1)
         if known:
             level = min(known)
@@ -120,12 +124,23 @@ class Elastic:
             self.seen.popitem(last=False)
         return self.levels[level]
 
-    def _by_load(self, behind: int) -> int:
+    def pinned(self, now: float, blocks: int, images: Sequence[str], alone: bool) -> None:
+        """A request that names its budget has come, of so many KV blocks; other arguments as of :meth:`choose`."""
+        known = any(image in self.pinned_images for image in images)
+        for image in images:
+            self.pinned_images[image] = None
+            self.pinned_images.move_to_end(image)
+        while len(self.pinned_images) > _REMEMBERED:
+            self.pinned_images.popitem(last=False)
+        if not known:
+            self.load.arrived(now, alone, pinned_blocks=blocks)
+
+    def _by_load(self, behind: float) -> int:
         """The largest budget at which images take no more than their share of time; by what waits until known."""
         shares = [self.load.share(blocks, behind) for blocks in self.blocks]
         for i, share in enumerate(shares):
             if share is None:
-                return min(max(behind - 1, 0), len(shares) - 1)
+                return min(max(int(behind) - 1, 0), len(shares) - 1)
             if share <= _SHARE * (_UP if i < self.level else 1.0):
                 return i
         return len(shares) - 1

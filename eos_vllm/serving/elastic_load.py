@@ -24,7 +24,8 @@ class ImageLoad:
 
     Attributes:
         ceiling: KV blocks of a request at the largest budget.
-        rate: requests per second that take what budget they are given, an exponential mean.
+        rate: requests per second that take what budget they are given, an exponential mean; each counts as many times
+            as it has the blocks of one with a single image.
         pinned: KV blocks per second of requests with budgets of their own, likewise.
         costs: seconds per KV block prefilled, of the last steps.
         decodes: seconds of steps that only decode.
@@ -48,7 +49,7 @@ class ImageLoad:
         cost = self.cost
         return _FIRST_SECONDS if not cost else _MEMORY * cost * self.ceiling
 
-    def arrived(self, now: float, alone: bool, pinned_blocks: int = 0) -> None:
+    def arrived(self, now: float, alone: bool, pinned_blocks: int = 0, weight: float = 1.0) -> None:
         """A request with images has come.
 
         One that finds the engine idle is not counted. Nobody waits for it: a single client that sends its next question
@@ -59,6 +60,7 @@ class ImageLoad:
             now: the moment.
             alone: whether it found no other request.
             pinned_blocks: KV blocks of one that names its budget.
+            weight: KV blocks of one that does not, at the ceiling, over those of one with a single image.
         """
         memory = self.memory
         gone = 1.0 if self._last is None else math.exp(-max(0.0, now - self._last) / memory)
@@ -68,7 +70,7 @@ class ImageLoad:
         if pinned_blocks:
             self.pinned += pinned_blocks / memory
         else:
-            self.rate += 1 / memory
+            self.rate += weight / memory
 
     def stepped(self, seconds: float, blocks: float, decoding: bool) -> None:
         """A step is over.
@@ -85,12 +87,12 @@ class ImageLoad:
             # A step cannot have prefilled for nothing: where decoding takes nearly all of it, a tenth is a bound.
             self.costs.append(max(seconds - besides, seconds / 10) / blocks)
 
-    def share(self, blocks: int, behind: int) -> float | None:
+    def share(self, blocks: int, behind: float) -> float | None:
         """Share of the time that prefilling would take if requests had so many KV blocks; None until costs are known.
 
         Args:
             blocks: of a request at the budget in question.
-            behind: requests that are not prefilled; they are to be worked off within the memory.
+            behind: weights of requests that are not prefilled; they are to be worked off within the memory.
         """
         cost = self.cost
         if cost is None:

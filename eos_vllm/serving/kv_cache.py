@@ -185,7 +185,7 @@ def prefilled(
     plans: Mapping[str, RequestPlan],
     kv_cache_config: KVCacheConfig,
 ) -> tuple[float, bool] | None:
-    """KV blocks of prompts with images that a step prefills, and whether others decode in it; None with text prompts.
+    """KV blocks of prompts that a step prefills, and whether others decode in it; None where a part holds no image.
 
     A prompt that is prefilled in part, for it is chunked or begins with a cache hit, counts in proportion.
     """
@@ -197,12 +197,17 @@ def prefilled(
         request = requests[name]
         if request.num_computed_tokens - tokens >= request.num_prompt_tokens:
             decoding = True
-        elif not request.mm_features:
+        elif not _holds_image(request, request.num_computed_tokens - tokens, request.num_computed_tokens):
             return None
         else:
             whole = planned_blocks(kv_cache_config, plans.get(name), request.num_prompt_tokens)
             blocks += sum(whole) * tokens / request.num_prompt_tokens
     return blocks, decoding
+
+
+def _holds_image(request: Request, start: int, end: int) -> bool:
+    """Whether tokens ``[start, end)`` of its prompt hold the beginning of an image; others cost next to nothing."""
+    return any(start <= feature.mm_position.offset < end for feature in request.mm_features)
 
 
 # At import, because a spec that arrives pickled in the engine core must find its manager there.

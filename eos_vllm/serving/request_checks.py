@@ -80,6 +80,7 @@ def install_request_checks() -> None:
         except (VLLMValidationError, ValueError):  # ours, and vLLM's own
             unsent.refuse(prompt)
             raise
+        unsent.sent(request)
         write_name(request, request_id)
         return request
 

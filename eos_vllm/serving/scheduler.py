@@ -1,5 +1,6 @@
 """Schedulers that know each request's plan, so that the KV managers allocate by it."""
 
+import itertools
 import time
 from typing import Any
 
@@ -27,7 +28,7 @@ from eos_vllm.serving.options import has_page, planner_of
 from eos_vllm.serving.prefix_cache import RequestKeys
 from eos_vllm.serving.proof import prove_allocation
 from eos_vllm.serving.report import startup_report
-from eos_vllm.serving.requests import plan_of_features
+from eos_vllm.serving.requests import image_spans, plan_of_features
 from eos_vllm.serving.trace_book import TraceBook
 from eos_vllm.serving.watch import PLANNED
 
@@ -60,6 +61,7 @@ class EosSchedulerMixin(Scheduler):
         self._unreduced: set[str] = set()  # requests whose images are not all in
         self.chosen: dict[str, int | float | str] = {}
         self._stepped = 0.0  # when the last step ended
+        self._weights: dict[str, float] = {}  # of requests with images, where budgets follow the load
         self.elastic = elastic_of(planner, self.kv_cache_config)
         self.traces: TraceBook | None = None
         if has_page(self.vllm_config):
@@ -81,7 +83,9 @@ class EosSchedulerMixin(Scheduler):
                 self.by_budget.request(request.sampling_params)
             if self.elastic is not None and request.mm_features and name not in self.chosen:
                 blocks = sum(planned_blocks(self.kv_cache_config, plan, request.num_prompt_tokens))
-                self.elastic.load.arrived(time.monotonic(), not (self.waiting or self.running), blocks)
+                self._weights[name] = blocks / self.elastic.blocks[0]
+                alone = not (self.waiting or self.running)
+                self.elastic.pinned(time.monotonic(), blocks, self._images_of(request), alone)
             if plan is not None:
                 self.plans[name] = plan
                 self._unreduced.add(name)
@@ -97,22 +101,37 @@ class EosSchedulerMixin(Scheduler):
         extra = params.extra_args if params is not None else None
         if params is None or (extra and REQUEST_FIELD in extra):
             return
-        behind = len(self.waiting) + sum(r.num_computed_tokens < r.num_prompt_tokens for r in self.running)
-        alone, images = not (self.waiting or self.running), []
-        if self.cache_config.enable_prefix_caching:
-            images = [feature.identifier for feature in request.mm_features if feature.modality == "image"]
+        unready = (r for r in self.running if r.num_computed_tokens < r.num_prompt_tokens)
+        behind = sum(self._weights.get(r.request_id, 0.0) for r in itertools.chain(self.waiting, unready))
+        weight = self._weights[request.request_id] = self._weight(elastic, request)
+        alone, images = not (self.waiting or self.running), self._images_of(request)
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         try:
             least = least_of(extra, self.planner)
         except BudgetError as e:  # past the front end's check; an exception here would end the engine for everybody
             logger.warning("eos: %s; the request has no floor of its own", e)
             least = None
-        chosen = elastic.choose(time.monotonic(), behind, free, images, least, alone)
+        chosen = elastic.choose(time.monotonic(), behind, free, images, least, alone, weight)
         place = {elastic.levels[0]: "ceiling", elastic.levels[-1]: "floor"}.get(chosen, "between")
         self.counters.add("elastic", place, 1)
         budget = plain(chosen)
         params.extra_args = {**(extra or {}), REQUEST_FIELD: budget}
         self.chosen[request.request_id] = budget
+
+    def _weight(self, elastic: Elastic, request: Request) -> float:
+        """KV blocks of the request at the ceiling, over those of one with a single image of the planned size."""
+        prompt, spans = request.prompt_token_ids or (), image_spans(request.mm_features)
+        try:
+            plan: RequestPlan | None = self.planner.plan(prompt, spans, elastic.levels[0])
+        except BudgetError:  # images that it does not fit keep all of their tokens
+            plan = None
+        return sum(planned_blocks(self.kv_cache_config, plan, request.num_prompt_tokens)) / elastic.blocks[0]
+
+    def _images_of(self, request: Request) -> list[str]:
+        """Its images by name, where one that comes again may be cached."""
+        if not self.cache_config.enable_prefix_caching:
+            return []
+        return [feature.identifier for feature in request.mm_features if feature.modality == "image"]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; tells the client which budget was chosen, in the response's ``kv_transfer_params``."""
@@ -226,6 +245,7 @@ class EosSchedulerMixin(Scheduler):
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self.plans.pop(request.request_id, None)
+        self._weights.pop(request.request_id, None)
         self.keys.pop(request.request_id, None)
         self._unreduced.discard(request.request_id)
 

@@ -18,11 +18,13 @@ from eos_vllm.cli.server_process import Server
 from eos_vllm.models.geometry import geometry
 from eos_vllm.models.model_files import write_model_files
 from eos_vllm.models.tiny import EMBEDDED
-from loadtests import soak
+from loadtests import soak, soak_chart
 from loadtests.client import Reply
 from loadtests.memory import MemoryWatch, growth, resident_bytes
 from loadtests.records import Record, record_of
+from loadtests.replicas import together
 from loadtests.scenarios import Ask
+from loadtests.server_metrics import Snapshot
 from loadtests.servers import Servers
 from loadtests.soak import counted
 from loadtests.soak_checks import Check, checks
@@ -123,6 +125,32 @@ def test_whole_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len(found["resident_bytes"]) >= 8
     assert stub.url not in out.read_text()
     assert str(tmp_path) not in out.read_text()
+
+
+def test_what_replicas_hold_is_summed() -> None:
+    looks = [Snapshot({"kv_usage": 0.25, "running": 1.0}, 10), Snapshot({"kv_usage": 0.5}, 10)]
+    assert together(looks) == Snapshot({"kv_usage": 0.75, "running": 1.0}, 20)
+    assert together([Snapshot({})]) == Snapshot({})
+
+
+def test_memory_is_drawn_over_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = {"requests": {"all": 100}, "seconds": 50.0, "resident_bytes": [[(0.0, 1 << 20), (50.0, 3 << 20)]] * 2}
+    assert soak_chart.curves(one | {"stock": one})["eos"][1] == ([0.0, 100.0], [1.0, 3.0])
+    file, png = tmp_path / "soak.json", tmp_path / "soak.png"
+    file.write_text(json.dumps(one))
+    assert soak_chart.main([str(file), str(png)]) == 2
+    assert "has no stock servers" in capsys.readouterr().err
+    file.write_text(json.dumps(one | {"stock": one}))
+    assert soak_chart.main([str(file), str(png)]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("flags", "field"), [([], "requests"), (["--requests", "0"], "requests")])
+def test_several_replicas_are_soaked_by_number(
+    flags: list[str], field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert soak.main(["--replicas", "2", *flags]) == 2
+    assert field in capsys.readouterr().err
 
 
 def test_requests_are_counted_by_kind() -> None:

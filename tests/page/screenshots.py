@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from page_browser import PROFILE, ask_here, chromium, look_at, slide, start_browser
+from page_browser import PROFILE, ask_here, chromium, expect, look_at, slide, start_browser
 from PIL import Image
 
 from eos_vllm.cli.page import embedded_flags
@@ -91,11 +91,11 @@ def taken(page: Any, name: str, folder: Path, whole: bool = True) -> None:
 
 
 def sampled(page: Any, number: int = SAMPLE) -> None:
-    """Takes sample ``number``; the page begins with the first one."""
-    while f"Sample {number}," not in page.locator("#image-name").inner_text():
-        with page.expect_response(lambda r: "/eos/samples/" in r.url):
+    """Takes sample ``number``, one after the other: the page begins with the first one by itself."""
+    for shown in range(number + 1):
+        if shown > 0:
             page.locator("#sample").click()
-        page.wait_for_timeout(50)
+        expect(page.locator("#image-name")).to_contain_text(f"Sample {shown},")
 
 
 def all_views(server: Server, folder: Path) -> None:

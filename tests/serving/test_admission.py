@@ -35,7 +35,7 @@ def front_end(profile: Profile | None, limit: int | None) -> Any:
             )
             self.output_processor = OutputProcessor(None, log_stats=False)
             self.log_requests, self.logger_manager, self.admission_stats = False, None, None
-            self.engine_core = self
+            self.engine_core, self.input_processor = self, SimpleNamespace()
             self.sent: list[str] = []
 
         async def add_request_async(self, request: Any) -> None:
@@ -110,3 +110,21 @@ def test_without_a_profile_or_a_limit_it_is_vllms_own() -> None:
     free = front_end(PROFILE, None)
     add(free, "a")
     assert not hasattr(free, "eos_costs")
+
+
+def test_images_of_whom_vllm_turns_away_are_sent_again() -> None:
+    from vllm.exceptions import QueueOverflowError
+
+    refused: list[str] = []
+    front = front_end(PROFILE, None)
+    unsent = SimpleNamespace(latest="a", refuse_latest=lambda: refused.append(unsent.latest))
+    front.scheduler_config.max_num_queued_reqs, front.input_processor.eos_unsent = 1, unsent
+    front.get_num_unfinished_requests = front.output_processor.get_num_unfinished_requests
+    add(front, "a")
+    assert not refused
+    assert unsent.latest is None
+    unsent.latest = "b"
+    with pytest.raises(QueueOverflowError):
+        add(front, "b")
+    assert refused == ["b"]
+    assert front.sent == ["a"]

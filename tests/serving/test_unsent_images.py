@@ -4,8 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.multimodal.cache import LruKeyReplicatedSenderCache
+from vllm.multimodal.cache.base import MultiModalCache
 
-from eos_vllm.serving.unsent_images import MOST, SECONDS, UnsentImages
+from eos_vllm.serving import unsent_images
+from eos_vllm.serving.unsent_images import SECONDS, UnsentImages
 
 
 class Renderer:
@@ -13,6 +16,7 @@ class Renderer:
 
     def __init__(self) -> None:
         self.sent: set[str] = set()
+        self.mm_processor_cache = LruKeyReplicatedSenderCache.__new__(LruKeyReplicatedSenderCache)
         self._mm_executor = SimpleNamespace(submit=lambda work: SimpleNamespace(result=work))
 
     def clear_mm_cache(self) -> None:
@@ -53,6 +57,22 @@ def test_one_of_those_may_be_refused_as_well() -> None:
     assert data(unsent, third) == ["pixels of a"]
 
 
+def test_vllm_may_turn_away_what_passed_its_check() -> None:
+    renderer = Renderer()
+    unsent = UnsentImages(renderer)
+    first, second, third = (renderer.render("a") for _ in range(3))
+    for prompt in (first, second):  # the second one carries the image of the first
+        checked = request(prompt)
+        unsent.complete(checked)
+        unsent.sent(checked)
+        unsent.refuse_latest()
+    assert data(unsent, third) == ["pixels of a"]
+    assert renderer.render("a")["mm_kwargs"]["image"] == ["pixels of a"]
+    held = dict(unsent.images)
+    unsent.refuse_latest()  # nothing is left to refuse
+    assert unsent.images == held
+
+
 def test_images_that_the_engine_has_are_not_sent_again() -> None:
     renderer = Renderer()
     unsent = UnsentImages(renderer)
@@ -62,14 +82,39 @@ def test_images_that_the_engine_has_are_not_sent_again() -> None:
     assert data(unsent, renderer.render("a")) == [None]
 
 
-def test_they_are_few_and_soon_forgotten() -> None:
+def test_one_name_for_two_images() -> None:
+    """Clients may name their images: what is refused under a name must not stand for what was sent under it later."""
+    renderer = Renderer()
+    unsent = UnsentImages(renderer)
+    unsent.refuse({"mm_kwargs": {"image": ["the large one"]}, "mm_hashes": {"image": ["a"]}})
+    small = request({"mm_kwargs": {"image": ["the small one"]}, "mm_hashes": {"image": ["a"]}})
+    unsent.complete(small)
+    unsent.sent(small)
+    assert small.mm_features[0].data == "the small one"
+    assert data(unsent, {"mm_kwargs": {"image": [None]}, "mm_hashes": {"image": ["a"]}}) == [None]
+    assert unsent.bytes == 0
+
+
+def test_they_are_few_and_soon_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     renderer, now = Renderer(), SimpleNamespace(value=0.0)
     unsent = UnsentImages(renderer, lambda: now.value)
-    for i in range(3 * MOST):
+    most = 10 * MultiModalCache.get_item_size("pixels of 10")
+    monkeypatch.setattr(unsent_images, "MOST_BYTES", most)
+    for i in range(10, 40):
         unsent.refuse(renderer.render(str(i)))
-    assert len(unsent.images) == MOST
+    assert list(unsent.images) == [str(i) for i in range(30, 40)]
+    assert unsent.bytes == most
     now.value = SECONDS + 1
-    assert data(unsent, {"mm_kwargs": {"image": [None]}, "mm_hashes": {"image": [str(3 * MOST - 1)]}}) == [None]
+    assert data(unsent, {"mm_kwargs": {"image": [None]}, "mm_hashes": {"image": ["39"]}}) == [None]
+    assert not unsent.images
+    assert unsent.bytes == 0
+
+
+def test_nothing_is_held_where_all_images_are_sent() -> None:
+    renderer = Renderer()
+    renderer.mm_processor_cache = None  # type: ignore[assignment]
+    unsent = UnsentImages(renderer)
+    unsent.refuse(renderer.render("a"))
     assert not unsent.images
 
 

@@ -109,6 +109,28 @@ def test_requests_that_name_their_budget_are_part_of_the_load() -> None:
     assert elastic.choose(20.0, 0, ROOM) == 32
 
 
+def test_requests_count_by_what_they_hold() -> None:
+    """Eight images are eight times the load of one, a thumbnail is next to none."""
+    budgets = []
+    for weight in (8.0, 1.0, 0.02):
+        elastic = learned()
+        for i in range(20):
+            budget = elastic.choose(i * 3.0, 0, 100 * ROOM, weight=weight)
+        budgets.append(budget)
+    assert budgets[0] == 32
+    assert budgets[0] < budgets[1] <= budgets[2] == 256
+
+
+def test_images_that_were_pinned_before_are_no_load() -> None:
+    elastic = learned()
+    for i in range(40):
+        elastic.pinned(i / 2, 40, ["a"], alone=False)
+    assert elastic.choose(20.0, 0, ROOM) == 256
+    for i in range(40):
+        elastic.pinned(20 + i / 2, 40, [f"image {i}"], alone=False)
+    assert elastic.choose(40.0, 0, ROOM) == 32
+
+
 def test_known_images_are_no_load() -> None:
     elastic = learned()
     assert {elastic.choose(i / 50, 0, ROOM, ["a"]) for i in range(100)} == {256}
@@ -166,6 +188,9 @@ def test_a_floor_that_is_none_does_not_end_the_engine() -> None:
         kv_cache_manager=manager,
         counters=counters,
         cache_config=SimpleNamespace(enable_prefix_caching=True),
+        _weights={},
+        _weight=lambda *_: 1.0,
+        _images_of=lambda *_: [],
     )
     EosSchedulerMixin._choose_budget(scheduler, controller(), request)  # type: ignore[arg-type]
     assert params.extra_args["eos_retain"] == scheduler.chosen["r"] == 256
