@@ -96,6 +96,7 @@ def test_kept_and_places(which: str, name: str, tmp_path: Path) -> None:
                 assert [visual[place] for place in reducer.kept] == kept[r][i], (ask.prompt, i, r)
                 reduced += len(reducer.kept) < len(reducer.entered)
             assert len(image.reducers) == len(profile["reducers"])
+            assert image.cropped is (which == "llava-llama")
             hold_places(image, ask.images[i], prompt.newlines[i], selects)
     assert reduced >= 5
 
@@ -112,6 +113,6 @@ def counts_of(profile: dict[str, Any], prompt: Prompt, text: list[tuple[int, ...
 
 def test_a_row_of_pictures_that_nobody_reduces_has_places_too() -> None:
     """Guards :func:`hold_places` against accepting anything."""
-    image = ImageTrace(tokens=2, rows=1, columns=3, boxes=None, reused=False, reducers=[])
+    image = ImageTrace(tokens=2, rows=1, columns=3, cropped=False, boxes=None, reused=False, reducers=[])
     with pytest.raises(AssertionError):
         hold_places(image, Image.new("RGB", (2, 1)), (), selects=False)

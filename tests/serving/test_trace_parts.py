@@ -21,6 +21,7 @@ from eos_vllm.core.plan import Planner
 from eos_vllm.serving import trace_endpoint
 from eos_vllm.serving.batch import StepEntry
 from eos_vllm.serving.endpoints import EosEndpoints
+from eos_vllm.serving.hosts import mrope
 from eos_vllm.serving.hosts.host import Grid
 from eos_vllm.serving.request_checks import check_trace_of_body
 from eos_vllm.serving.trace import TRACED, Recorder, _hold
@@ -341,6 +342,16 @@ def test_a_preempted_request_may_find_its_image_cached() -> None:
     assert answer["records"] == []
     (image,) = build_trace(Outline.model_validate(answer["outline"]), []).images
     assert (image.reused, image.reducers) == (True, [])
+
+
+def test_the_family_says_where_the_middle_is_cropped() -> None:
+    """A small image of Qwen's may be a square grid as well, and all of it is seen."""
+    engine = FakeEngine()
+    (image,) = engine.traces.active[engine.add("llava").request_id].outline.images
+    assert (image.rows, image.columns, image.cropped) == (24, 24, True)
+    sizes = SimpleNamespace(hf_config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2)))
+    data = {"image_grid_thw": SimpleNamespace(data=torch.tensor([1, 8, 8]))}
+    assert mrope.grids(sizes)(data, 16) == Grid(4, 4, cropped=False)
 
 
 def test_what_the_scheduler_holds_does_not_grow_with_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
