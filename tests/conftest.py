@@ -12,8 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from support.runner_v2 import allow_asynchronous_scheduling, is_wanted
+
+# No timing in tests: a deadline fails on a busy machine.
+settings.register_profile("eos", deadline=None)
+settings.load_profile("eos")
 
 if is_wanted():
     allow_asynchronous_scheduling()
