@@ -1,6 +1,7 @@
 """The page without a browser or an engine: its files, headers, samples, the key, and the page before another server."""
 
 import asyncio
+import concurrent.futures
 import base64
 import hashlib
 import io
@@ -81,7 +82,10 @@ def test_files_outside_are_out_of_reach(client: TestClient, path: str, status: i
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(client.app({**scope, "raw_path": path.encode()}, receive, send))  # type: ignore[arg-type]
+    asked: Any = client.app({**scope, "raw_path": path.encode()}, receive, send)  # type: ignore[arg-type]
+    # In a thread of its own, for the browser's loop may be running in this one.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, asked).result()
     assert (STATIC / path.removeprefix("/eos/static/")).exists()
     assert sent[0]["status"] == status
 
