@@ -1,8 +1,8 @@
 """The page without a browser or an engine: its files, headers, samples, the key, and the page before another server."""
 
 import asyncio
-import concurrent.futures
 import base64
+import concurrent.futures
 import hashlib
 import io
 import re
