@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from eos_search.examples import Prepared
-from eos_search.relaxed import RelaxedOutput, straight
+from eos_search.flow import straight
+from eos_search.relaxed import RelaxedOutput
 from eos_search.theta import ThetaValues
 
 AlignOn = Literal["text", "visual"]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from eos_search.estimators.base import KeepName
 from eos_search.objective import AlignOn, BudgetGates, SearchMeasure
 from eos_search.theta import Kind, StartName
 from eos_vllm.core.errors import SettingError
@@ -77,6 +78,9 @@ class SearchSettings(BaseModel):
     norm: Literal["token", "frobenius"] = Field("token", description="norm that nu preserves")
     gate_sharpness: float = Field(10.0, gt=0, le=1e6, description="beta of Eq. 4")
     boundary_sharpness: float = Field(10.0, ge=0, le=1e6, description="alpha of Eq. 12, scores in units of their mean")
+    keep_estimator: KeepName = Field("eq12", description="how the loss learns what counts do to it")
+    keep_width: float = Field(0.1, gt=0, lt=1, description="how far ghosts and differences look, as a share of a count")
+    keep_every: int = Field(1, ge=1, description="differences are measured at every so many rows")
 
     steps: int = Field(4000, ge=1, description="optimiser steps")
     batch_size: int = Field(4, ge=1, description="examples per step, over all processes together")

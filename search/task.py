@@ -1,12 +1,13 @@
 """The task loss of a row of the data: encoded in a loader's process, embedded and run on the model's device."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils.data import Dataset
 
 from eos_search.data import Data
 from eos_search.examples import Broken, Encoded, Encoder, Prepared, prepare
+from eos_search.flow import straight
 from eos_search.objective import Objective, TaskTerms, reference_rows, task_terms
 from eos_search.relaxed import RelaxedModel
 from eos_search.structure import Structure
@@ -26,6 +27,43 @@ class EncodedRows(Dataset[Encoded | Broken]):
         return self.encoder.encode(index, self.data.rows[index])
 
 
+def example_terms(
+    model: RelaxedModel,
+    objective: Objective,
+    example: Prepared,
+    values: ThetaValues,
+    structure: Structure,
+    reference: dict[int, torch.Tensor],
+    row: int = 0,
+) -> TaskTerms:
+    """The task loss of one example, with gradients for all of Theta.
+
+    Args:
+        model: the frozen model, and how counts are estimated.
+        objective: weights of the terms.
+        example: what enters layer 0.
+        values: Theta.
+        structure: its hard reading.
+        reference: :func:`eos_search.objective.reference_rows` of the unreduced pass.
+        row: number of the example in the data.
+    """
+    output = model.forward(example, values, structure, objective.aligned)
+    terms = task_terms(objective, example, output, reference)
+    run = output.run
+    if run is None or not run.marks or not (torch.is_grad_enabled() and values.table.requires_grad):
+        return terms
+
+    def loss(place: int, count: int) -> float:
+        with torch.no_grad():
+            other = model.recount(output, place, count)
+            return task_terms(objective, example, other, reference).total.item()
+
+    slopes = model.keep.slopes(run, row, loss)
+    if slopes is None:
+        return terms
+    return replace(terms, total=terms.total + (straight(run.soft.logs) * slopes).sum().to(terms.total.dtype))
+
+
 @dataclass
 class ModelTask:
     """The task loss of an encoded row; remembers what doesn't depend on Theta, up to ``cache_bytes``."""
@@ -38,8 +76,7 @@ class ModelTask:
 
     def __call__(self, encoded: Encoded, values: ThetaValues, structure: Structure) -> TaskTerms:
         example, reference = self._remembered.get(encoded.index) or self._prepare(encoded)
-        output = self.model.forward(example, values, structure, self.objective.aligned)
-        return task_terms(self.objective, example, output, reference)
+        return example_terms(self.model, self.objective, example, values, structure, reference, encoded.index)
 
     def _prepare(self, encoded: Encoded) -> tuple[Prepared, dict[int, torch.Tensor]]:
         rule = self.model.rules.importance.queries
