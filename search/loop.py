@@ -61,6 +61,16 @@ class Trainer:
         self.optimizer = accelerator.prepare(optimizer)
         accelerator.register_for_checkpointing(self.theta, self.scheduler)
         self._learns = torch.tensor([kind not in settings.frozen for kind in KINDS], device=accelerator.device)
+        rates = [settings.gate_rate if kind == "gate" else 1.0 for kind in KINDS]
+        self._rates = torch.tensor(rates, dtype=torch.float64, device=accelerator.device)
+
+    def temper(self) -> None:
+        """Sets the temperature of the gates for the step to come: from its start to its end, by equal factors."""
+        end = self.settings.gate_scale
+        start = self.settings.gate_scale_start or end
+        steps = self.settings.gate_settled * (self.settings.steps - 1)
+        done = min(1.0, self.scheduler.last_epoch / steps) if steps > 0 else 1.0
+        self.theta.gate_scale = end if done == 1.0 else start * (end / start) ** done
 
     def step(self, batch: Sequence[Any], task: Task, stop: bool = False) -> StepResult:
         """One update from one batch.
@@ -74,6 +84,7 @@ class Trainer:
             DivergedError: a loss or gradient is no finite number; names the examples. Theta is as before the step.
             SettingError: not one example of the batch could be decoded.
         """
+        self.temper()
         mapped = self.theta()
         values = ThetaValues(mapped.table.detach().requires_grad_())
         structure = read_structure(values, self.rules)
@@ -132,7 +143,10 @@ class Trainer:
             raise _diverged("gradient", norm, ids)
         before = self.theta.raw.detach().clone()
         self.optimizer.step()
-        with torch.no_grad():  # weight decay and moments don't move what is frozen
+        with torch.no_grad():
+            if self.settings.gate_rate != 1:
+                self.theta.raw.copy_(before + self._rates * (self.theta.raw - before))
+            # Weight decay and moments don't move what is frozen.
             self.theta.raw.copy_(torch.where(self._learns, self.theta.raw, before))
         return norm
 

@@ -18,7 +18,7 @@ _FIGURES = {
     "budgets": "accuracy against the budget (Fig. 7)",
     "margin": "points of one profile over another at each budget (Fig. 7d)",
     "gradients": "estimators of the gradient of counts, and differences of the hard loss",
-    "search": "gamma and tau by layer and during a search (Fig. 8)",
+    "search": "gates, discards, gamma and tau by layer and during a search (Fig. 8)",
     "profile": "visual tokens by layer and operators of a profile",
     "patches": "patches that a profile keeps, drawn over an image",
 }

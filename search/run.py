@@ -143,6 +143,7 @@ def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
     try:
         with stop_signals() as asked, tqdm(total=settings.steps, initial=first, disable=_no_bar(say)) as bar:
             for step, batch in enumerate(loader, start=first):
+                trainer.temper()
                 values = theta().table.detach().T.tolist() if step % settings.log_every == 0 else None
                 result = trainer.step(batch, task, stop=bool(asked))
                 skipped += len(result.skipped)
@@ -161,6 +162,7 @@ def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
     if skipped:
         say(f"{skipped} times a row was skipped because its image could not be decoded")
     records = read_records(folder.path)
+    theta.gate_scale = theta.ranges.gate_scale
     profile = searched_profile(theta, rules, settings.name, search_provenance(settings, data, records))
     if accelerator.is_main_process:
         write_json(folder.theta, profile.to_dict())

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from eos_search.estimators.base import KeepName
 from eos_search.objective import AlignOn, BudgetGates, SearchMeasure
-from eos_search.theta import Kind, StartName
+from eos_search.theta import GATE_OFF, GATE_ON, Kind, StartName
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import QueryRule
 
@@ -70,6 +70,11 @@ class SearchSettings(BaseModel):
     placement: Layers | None = Field(None, description="layers active at the start (default: Table 5's, scaled)")
     frozen: Kinds = Field((), description="kinds of parameter that stay as they start, such as gate,discard")
     gate_scale: float = Field(5.0, gt=0, le=1000, description="Tg of Eq. 10")
+    gate_scale_start: float | None = Field(None, gt=0, le=1000, description="Tg at first (default: gate_scale)")
+    gate_settled: float = Field(0.5, gt=0, le=1, description="share of the steps after which Tg is gate_scale")
+    gate_on: float = Field(GATE_ON, gt=0, lt=1, description="gates of the placement at the start")
+    gate_off: float = Field(GATE_OFF, gt=0, lt=1, description="most that other gates start with")
+    gate_rate: float = Field(1.0, gt=0, le=1, description="learning rate of gates, as a share of that of the rest")
     discard_scale: float = Field(1.0, gt=0, le=1000, description="Tc of Eq. 10")
     epsilon: float = Field(1e-4, gt=0, le=1, description="least assignment temperature")
     gate_threshold: float = Field(0.5, gt=0, lt=1, description="a gate above it acts")

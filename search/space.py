@@ -3,7 +3,7 @@
 from eos_search.objective import Objective
 from eos_search.settings import SearchSettings
 from eos_search.structure import Rules
-from eos_search.theta import Ranges, Theta, default_placement, start_values
+from eos_search.theta import GATE_OFF, GATE_ON, Ranges, Theta, default_placement, start_values
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import ImportanceSpec, ModelSpec, OperatorSpec
 
@@ -34,11 +34,25 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
     if not settings.cross_entropy and settings.lambda_align == 0:
         remedy = "give lambda_align above 0, or turn cross_entropy on"
         raise SettingError("cross_entropy", False, "without the alignment nothing is left to learn from", remedy)
+    changed = settings.gate_on != GATE_ON or settings.gate_off != GATE_OFF
+    if changed and not settings.gate_off < settings.gate_threshold < settings.gate_on:
+        problem = f"gate_off={settings.gate_off} < gate_threshold={settings.gate_threshold} < gate_on does not hold"
+        raise SettingError("gate_on", settings.gate_on, problem, "give gates on either side of the threshold")
     placement = settings.placement or default_placement(depth, settings.max_reducers)
     start = start_values(
-        settings.start, depth, visual, settings.budget, settings.max_reducers, placement, settings.budget_measure
+        settings.start,
+        depth,
+        visual,
+        settings.budget,
+        settings.max_reducers,
+        placement,
+        settings.budget_measure,
+        settings.gate_on,
+        settings.gate_off,
     )
-    theta = Theta.from_values(start, Ranges(settings.gate_scale, settings.discard_scale, settings.epsilon))
+    theta = Theta.from_values(
+        start, Ranges(settings.gate_scale, settings.discard_scale, settings.epsilon), settings.gate_scale_start
+    )
     objective = Objective(
         budget=settings.budget,
         max_reducers=settings.max_reducers,
