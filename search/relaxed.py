@@ -167,6 +167,12 @@ class RelaxedModel:
                     states[index] = hidden
         return states
 
+    @torch.no_grad()
+    def answers(self, example: Prepared, last: torch.Tensor) -> torch.Tensor:
+        """Logits at the answer ``[answer, vocabulary]`` from the unreduced states behind the last layer."""
+        logits: torch.Tensor = self.model.lm_head(self.decoder.norm(last[-len(example.targets) :]))
+        return logits.float()
+
     @contextmanager
     def _reference_attention(self) -> Iterator[None]:
         config = self.decoder.config

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from eos_search.estimators.base import KeepName
-from eos_search.objective import AlignOn, BudgetGates, SearchMeasure
+from eos_search.measures import SearchMeasure
+from eos_search.objective import AlignOn, BudgetGates
 from eos_search.theta import GATE_OFF, GATE_ON, Kind, StartName
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import QueryRule
@@ -55,11 +56,13 @@ class SearchSettings(BaseModel):
 
     budget: int = Field(64, ge=1, description="B: visual tokens of an image that may be left")
     serve_budgets: Layers = Field((), description="final counts that examples take in turn (default: Theta's own)")
-    budget_measure: SearchMeasure = Field("final", description="final (Eq. 13) or layer_average")
+    budget_measure: SearchMeasure = Field("final", description="final (Eq. 13), or what layers see of an image")
     budget_gates: BudgetGates = Field("acting", description="gates that count in it: acting, or all as in Eq. 13")
+    constraint: Literal["penalty", "lagrangian"] = Field("penalty", description="Eq. 13's, or one that is met")
     max_reducers: int = Field(3, ge=1, description="C: layers that may reduce")
     minimum: int = Field(1, ge=1, description="Kmin: visual tokens that every reducer leaves")
     lambda_align: float = Field(0.1, ge=0, description="weight of the alignment")
+    lambda_kl: float = Field(0.0, ge=0, description="weight of the divergence from the unreduced model's answers")
     lambda_budget: float = Field(1.0, ge=0, description="weight of the token budget")
     lambda_cost: float = Field(1.0, ge=0, description="weight of the number of active layers")
     cross_entropy: bool = Field(True, description="false: the alignment alone is the task")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eos_search.measures import SearchMeasure, tokens_of
 from eos_vllm.analysis.scaling import scale_layers
 from eos_vllm.core.errors import SettingError
 
@@ -25,6 +26,7 @@ _PLACEMENTS = {1: (15,), 2: (2, 15), 3: (2, 6, 15)}
 _PAPER_DEPTH = 32
 # Sigmoids reach 0 only in the limit, where their gradient is 0 too: this stands for the paper's 0.
 NEAR_ZERO = 0.02
+_MEASURES = {"layer_average": "a layer average", "kv_bytes": "KV bytes of tokens", "flops": "FLOPs of tokens"}
 GATE_ON = 0.95
 GATE_OFF = 0.05
 _MOST = 0.999
@@ -136,9 +138,10 @@ def start_values(
     budget: int,
     max_reducers: int,
     placement: Sequence[int],
-    measure: Literal["final", "layer_average"] = "final",
+    measure: SearchMeasure = "final",
     gate_on: float = GATE_ON,
     gate_off: float = GATE_OFF,
+    crossover: int | None = None,
 ) -> torch.Tensor:
     """Values ``[L, 7]`` that the search starts from.
 
@@ -155,9 +158,10 @@ def start_values(
         budget: B.
         max_reducers: C.
         placement: layers active at the start, at most C, ascending, each below L - 1.
-        measure: what B counts: tokens behind the last reducer, or the mean over layers of those that a layer sees.
+        measure: what B counts (:func:`eos_search.measures.tokens_of`).
         gate_on: gates of the placement.
         gate_off: most that other gates begin with.
+        crossover: for the measure flops.
 
     Raises:
         SettingError: a placement that is empty, too long, out of range, or not ascending; a layer average that it
@@ -175,7 +179,7 @@ def start_values(
     if measure == "final":
         discard = min((1 - (budget / visual_tokens) ** (1 / len(layers))) / gate_on, _MOST)
     else:
-        discard = _discard_for_average(budget, visual_tokens, depth, layers, gate_on)
+        discard = _discard_for_cost(budget, visual_tokens, depth, layers, gate_on, measure, crossover)
     gamma = NEAR_ZERO if name == "warm" else 0.5
     start = {
         "gate": off,
@@ -191,14 +195,27 @@ def start_values(
     return values
 
 
-def _discard_for_average(budget: int, visual_tokens: int, depth: int, layers: Sequence[int], gate: float) -> float:
+def _discard_for_cost(
+    budget: int,
+    visual_tokens: int,
+    depth: int,
+    layers: Sequence[int],
+    gate: float,
+    measure: SearchMeasure,
+    crossover: int | None,
+) -> float:
+    behind = [sum(layer < index for layer in layers) for index in range(depth + 1)]
+
     def average(discard: float) -> float:
-        behind = [sum(layer < index for layer in layers) for index in range(depth)]
-        return visual_tokens * sum((1 - gate * discard) ** reducers for reducers in behind) / depth
+        shares = [(1 - gate * discard) ** reducers for reducers in behind]
+        if measure != "flops":
+            return visual_tokens * sum(shares[:-1]) / depth
+        left = torch.tensor(shares[1:], dtype=torch.float64) * visual_tokens
+        return tokens_of(visual_tokens, left, measure, crossover).item()
 
     if (least := average(_MOST)) > budget:
         remedy = f"give {math.ceil(least)} or more, an earlier placement, or budget_measure final"
-        problem = f"reducers at {list(layers)} leave a layer average of {least:.1f} at least"
+        problem = f"reducers at {list(layers)} leave {_MEASURES[measure]} of {least:.1f} at least"
         raise SettingError("budget", budget, problem, remedy)
     low, high = 0.0, _MOST
     for _ in range(60):
