@@ -5,13 +5,14 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from search_cases import VISUAL, make_example, make_row, make_rules, make_theta
+from search_cases import VISUAL, make_example, make_row, make_rules, make_settings, make_theta
 
 from eos_search.counts import neighbours, soft_counts
 from eos_search.estimators.base import KEEP_NAMES, KeepEstimator
@@ -21,12 +22,15 @@ from eos_search.estimators.equation12 import Equation12
 from eos_search.estimators.ghosts import Ghosts
 from eos_search.examples import Prepared
 from eos_search.flow import Flow, Reduction, Run
+from eos_search.loop import Trainer
 from eos_search.objective import Objective, TaskTerms, reference_rows, task_terms
 from eos_search.relaxed import Relaxation, RelaxedModel
+from eos_search.run import run_search
 from eos_search.structure import Rules, Structure, read_structure
 from eos_search.task import example_terms
 from eos_search.theta import KINDS, Theta, ThetaValues
 from eos_vllm.core.budget import kept_counts
+from eos_vllm.core.errors import SettingError
 
 Small = tuple[Any, Any]
 Exact = tuple[Any, Prepared]
@@ -322,3 +326,31 @@ def test_counts_that_cannot_move_have_no_gradient(exact: Exact) -> None:
         found = gradient(exact, keep_estimator(name), make_theta({1: 0.5, 3: 0.5}), rules=rules)
         assert found["discard"].isfinite().all()
         assert name == "eq12_served" or (found["discard"] == 0).all()
+
+
+def test_a_search_takes_its_estimator_and_goes_on_with_it(
+    small_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budgets in turn, differences at every second row; killed, it ends in the same bytes."""
+    changes: dict[str, Any] = {"serve_budgets": (20, 6), "keep_every": 2, "keep_width": 0.2, "steps": 4, "samples": 8}
+    ends = {}
+    for name in KEEP_NAMES:
+        result = run_search(make_settings(small_path, tmp_path / name, keep_estimator=name, **changes), quiet=True)
+        ends[name] = tuple(reducer.discard for reducer in result.profile.reducers)
+    assert len(set(ends.values())) == len(KEEP_NAMES)
+    plain = Trainer.step
+
+    def step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.scheduler.last_epoch == 3:
+            raise RuntimeError("killed")
+        return plain(self, *args, **kwargs)
+
+    settings = make_settings(small_path, tmp_path / "run", keep_estimator="differences", **changes)
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_search(settings, quiet=True)
+    monkeypatch.undo()
+    again = run_search(settings, resume=True, quiet=True)
+    assert again.path.read_bytes() == (tmp_path / "differences/theta.json").read_bytes()
+    with pytest.raises(SettingError, match="keep_estimator='eq13'"):
+        make_settings(small_path, tmp_path / "run", keep_estimator="eq13")
