@@ -1,10 +1,10 @@
 """The token budget as a constraint that is met: an augmented Lagrangian, within a band around B that closes.
 
 The penalty of Eq. 13 is met as far as its weight and the learning rate let it: discards overshoot, and the end is
-anywhere below B. Here the budget pulls from both sides with a multiplier that learns its own size, and after each
-update the discards of acting layers are moved, all shares by one power, to where the count is within the band. The band
-is a factor of 1.5 at the start and 1.005 at the end, so that the end meets B. Only where gates leave no room (a gate of
-0.6 keeps 40 % whatever its discard) can the count stay above it.
+anywhere below B. Here the budget pulls from both sides with a multiplier that learns its own size. After each update,
+and each change of the gates' temperature, the discards of acting layers are moved, all shares by one power, to where
+the count is within the band. That is a factor of 1.5 at the start and 1.005 at the end, so that the end meets B. Only
+where gates leave no room (a gate of 0.6 keeps 40 % whatever its discard) can the count stay above it.
 """
 
 import math
@@ -83,7 +83,9 @@ def project(theta: Theta, objective: Objective, rules: Rules, factor: float) -> 
             few = middle
         else:
             many = middle
-    moved = _powered(table, acting, math.exp(many))[list(acting), _DISCARD]
+    # The end of the last interval that lies within the band.
+    power = math.exp(many if tokens > high else few)
+    moved = _powered(table, acting, power)[list(acting), _DISCARD]
     theta.raw[list(acting), _DISCARD] = moved.clamp(1e-9, DISCARD_LIMIT).logit() / theta.ranges.discard_scale
     return True
 

@@ -69,12 +69,18 @@ class Trainer:
         self._rates = torch.tensor(rates, dtype=torch.float64, device=accelerator.device)
 
     def temper(self) -> None:
-        """Sets the temperature of the gates for the step to come: from its start to its end, by equal factors."""
+        """Sets the temperature of the gates for the step to come: from its start to its end, by equal factors.
+
+        Harder gates keep other counts: a budget that is to be met is brought back into its band.
+        """
         end = self.settings.gate_scale
         start = self.settings.gate_scale_start or end
         steps = self.settings.gate_settled * (self.settings.steps - 1)
         done = min(1.0, self.scheduler.last_epoch / steps) if steps > 0 else 1.0
         self.theta.gate_scale = end if done == 1.0 else start * (end / start) ** done
+        if self.multiplier is not None:
+            factor = band(self.scheduler.last_epoch - 1, self.settings.steps)
+            project(self.theta, self.objective, self.rules, factor)
 
     def step(self, batch: Sequence[Any], task: Task, stop: bool = False) -> StepResult:
         """One update from one batch.

@@ -133,6 +133,17 @@ def test_the_budget_is_met_all_along_and_at_the_end(
     assert end == pytest.approx(budget, rel=0.01)
 
 
+def test_the_band_holds_while_gates_harden(small_path: Path, tmp_path: Path) -> None:
+    """Tg goes from 1 to 5 between two steps: the same discards would then leave far less."""
+    soft = {"gate_scale_start": 1.0, "gate_on": 0.6, "gate_off": 0.4, "gate_settled": 0.3}
+    changes = {**soft, "constraint": "lagrangian", "budget": 6, "steps": 4, "log_every": 1}
+    records = run_search(make_settings(small_path, tmp_path / "run", **changes), quiet=True).records
+    gates = [record["values"]["gate"][1] for record in records]
+    assert gates[0] == pytest.approx(0.6)
+    assert gates[1] > 0.85
+    assert all(6 / 1.5 <= record["terms"]["n_final"] <= 6 * 1.5 for record in records)
+
+
 def test_the_penalty_alone_does_not_meet_it(small_path: Path, tmp_path: Path) -> None:
     settings = make_settings(small_path, tmp_path / "run", **(MET | {"constraint": "penalty"}))
     result = run_search(settings, quiet=True)
