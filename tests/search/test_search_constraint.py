@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_cases import VISUAL, make_example, make_row, make_rules, make_settings, make_theta
 
@@ -56,6 +56,7 @@ def test_measures_are_those_of_profiles(measure: SearchMeasure) -> None:
     assert tokens_of(VISUAL, left, measure, 500).item() == pytest.approx(expected, rel=1e-12)
 
 
+@settings(deadline=None)
 @given(SHARES, st.integers(2, 30), st.sampled_from(MEASURES), st.sampled_from([1.0, 1.1, 1.5]))
 def test_projection_brings_the_count_into_the_band(
     discards: list[float], budget: int, measure: SearchMeasure, factor: float

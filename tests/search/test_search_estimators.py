@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from search_cases import VISUAL, make_example, make_row, make_rules, make_settings, make_theta
 
@@ -97,6 +97,7 @@ def hard_loss(exact: Exact, theta: Theta, counts: tuple[int, ...], budget: int |
         return terms(exact, Nothing(), values, rules, replace(structure, profile=profile, counts=counts)).total.item()
 
 
+@settings(deadline=None)
 @given(SHARES, st.sampled_from([None, 1, 5, 20, 36, 40]))
 def test_soft_counts_are_the_counts_before_rounding(discards: list[float], budget: int | None) -> None:
     rules, theta = make_rules(), make_theta(dict(zip((0, 2, 3), discards, strict=True)))
@@ -109,6 +110,7 @@ def test_soft_counts_are_the_counts_before_rounding(discards: list[float], budge
         assert -1e-6 <= found - count < 3 if budget is None else abs(found - count) <= 0.5 + 1e-6
 
 
+@settings(deadline=None)
 @given(SHARES, st.integers(1, 35), st.lists(st.floats(-3, 3), min_size=3, max_size=3))
 def test_raising_all_shares_to_one_power_has_no_slope(discards: list[float], budget: int, slopes: list[float]) -> None:
     """Under a budget that counts are scaled to; and it does change no count."""
