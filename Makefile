@@ -138,7 +138,8 @@ ablations: setup
 	$(ABLATE) operator --profile $P --budgets 16 --per-kind 20 --out $(STUDIES)/operator.json
 	$(ABLATE) robustness --profile $P --budgets 64,16 --per-kind 40 --out $(STUDIES)/robustness.json
 	$(ABLATE) budgets --profiles '$(TRIALS)' --split validation --budgets 192,64,16 --per-kind 40 --out $(STUDIES)/trials.json
-	for study in alignment placement operator robustness; do \
+	$(ABLATE) gradients --config embedded --run results/embedded-search --budgets own,32 --out $(STUDIES)/gradients.json
+	for study in alignment placement operator robustness gradients; do \
 		$(PLOT) $$study --raw $(STUDIES)/$$study.json --out docs/studies/$$study.png || exit 1; done
 	$(PLOT) margin --raw results/embedded-accuracy.json --profile $P --against prune@$P --out docs/studies/margin.png
 	$(PLOT) profile --profile $P --budgets 192,64,16 --out docs/studies/profile.png

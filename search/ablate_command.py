@@ -23,6 +23,8 @@ STUDIES = {
 
 def add_parser(subparsers: Any) -> None:
     """Registers ``ablate`` with a subcommand for each study."""
+    from eos_search.gradients_command import add_study
+
     parser = subparsers.add_parser("ablate", help="the paper's studies: alignment, placement, operator, budgets, ...")
     studies = parser.add_subparsers(dest="study", metavar="STUDY", required=True)
     for name, (line, budgets) in STUDIES.items():
@@ -45,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
             )
         _add_evaluation(study, budgets)
         study.set_defaults(run=run)
+    add_study(studies)
 
 
 def _add_alignment(study: argparse.ArgumentParser) -> None:

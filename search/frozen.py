@@ -10,6 +10,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from eos_search.settings import SearchSettings
+from eos_vllm.analysis.cost import flops_crossover
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import ModelSpec
 from eos_vllm.models.geometry import geometry
@@ -57,6 +58,8 @@ def load_frozen(settings: SearchSettings, device: torch.device) -> Frozen:
         architecture=sizes.architecture,
         num_decoder_layers=sizes.num_decoder_layers,
         visual_tokens=sizes.visual_tokens,
+        # Only where the budget is counted so: profiles of other searches say no more than they need.
+        flops_crossover=flops_crossover(sizes) if settings.budget_measure == "flops" else None,
     )
     wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = wanted.get(settings.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers import get_cosine_schedule_with_warmup
 
 from eos_search.examples import Broken
+from eos_search.lagrangian import BudgetMultiplier, band, project
 from eos_search.objective import Objective, TaskTerms, penalties
 from eos_search.settings import SearchSettings
 from eos_search.structure import Rules, Structure, read_structure
@@ -33,7 +34,7 @@ class StepResult:
     Attributes:
         terms: means over the batch of ``loss``, ``cross_entropy`` and ``alignment``; the weighted ``budget`` and
             ``cost`` penalties; ``n_final`` (what is held against B), ``gates`` (held against C), ``gradient`` (its
-            norm before clipping), ``learning_rate``.
+            norm before clipping), ``learning_rate``; where they are asked for, ``divergence`` and ``multiplier``.
         structure: the hard reduction of this step, before the update.
         skipped: ids and problems of rows of this process that could not be decoded.
         stop: whether any process was asked to stop.
@@ -60,7 +61,26 @@ class Trainer:
         self.scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, settings.steps)
         self.optimizer = accelerator.prepare(optimizer)
         accelerator.register_for_checkpointing(self.theta, self.scheduler)
+        self.multiplier = BudgetMultiplier(settings.lambda_budget) if settings.constraint == "lagrangian" else None
+        if self.multiplier is not None:
+            accelerator.register_for_checkpointing(self.multiplier)
         self._learns = torch.tensor([kind not in settings.frozen for kind in KINDS], device=accelerator.device)
+        rates = [settings.gate_rate if kind == "gate" else 1.0 for kind in KINDS]
+        self._rates = torch.tensor(rates, dtype=torch.float64, device=accelerator.device)
+
+    def temper(self) -> None:
+        """Sets the temperature of the gates for the step to come: from its start to its end, by equal factors.
+
+        Harder gates keep other counts: a budget that is to be met is brought back into its band.
+        """
+        end = self.settings.gate_scale
+        start = self.settings.gate_scale_start or end
+        steps = self.settings.gate_settled * (self.settings.steps - 1)
+        done = min(1.0, self.scheduler.last_epoch / steps) if steps > 0 else 1.0
+        self.theta.gate_scale = end if done == 1.0 else start * (end / start) ** done
+        if self.multiplier is not None:
+            factor = band(self.scheduler.last_epoch - 1, self.settings.steps)
+            project(self.theta, self.objective, self.rules, factor)
 
     def step(self, batch: Sequence[Any], task: Task, stop: bool = False) -> StepResult:
         """One update from one batch.
@@ -74,6 +94,7 @@ class Trainer:
             DivergedError: a loss or gradient is no finite number; names the examples. Theta is as before the step.
             SettingError: not one example of the batch could be decoded.
         """
+        self.temper()
         mapped = self.theta()
         values = ThetaValues(mapped.table.detach().requires_grad_())
         structure = read_structure(values, self.rules)
@@ -90,15 +111,17 @@ class Trainer:
         done = [self._backward(task, example, values, hard) for example, hard in taken]
         self._check([example.id for example in examples], done)
         gradient = torch.zeros_like(values.table) if values.table.grad is None else values.table.grad
-        sums = torch.tensor([*map(sum, zip(*done, strict=True))] or [0.0] * 3, dtype=torch.float64)
+        sums = torch.tensor([*map(sum, zip(*done, strict=True))] or [0.0] * 4, dtype=torch.float64)
         shared = torch.cat([gradient.flatten(), sums.to(gradient), gradient.new_tensor([len(done), float(stop)])])
         shared = self.accelerator.reduce(shared, "sum")
         size = gradient.numel()
-        loss, answer, alignment, count, stops = shared[size:].tolist()
+        loss, answer, alignment, divergence, count, stops = shared[size:].tolist()
         if count == 0:
             ids = ", ".join(example.id for example in batch)
             raise SettingError("data", ids, "no image of this batch can be decoded", "mend or leave out these rows")
         constraint = penalties(self.objective, values, structure.acting)
+        if self.multiplier is not None:
+            constraint = replace(constraint, budget=self.multiplier.term(constraint.tokens, self.objective.budget))
         pull = torch.autograd.grad(constraint.budget + constraint.cost, values.table)[0]
         norm = self._update(mapped, shared[:size].view_as(gradient) / count + pull, [e.id for e in examples])
         penalty = {"budget": constraint.budget.item(), "cost": constraint.cost.item()}
@@ -112,17 +135,25 @@ class Trainer:
             "gradient": norm,
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
+        if self.objective.lambda_kl:
+            terms["divergence"] = divergence / count
+        if self.multiplier is not None:
+            terms["multiplier"] = self.multiplier.value
+            self.multiplier.update(terms["n_final"], self.objective.budget)
+            factor = band(self.scheduler.last_epoch, self.settings.steps)
+            project(self.theta, self.objective, self.rules, factor)
         self.scheduler.step()
         broken = [(example.id, example.problem) for example in batch if isinstance(example, Broken)]
         return StepResult(terms, structure, broken, stops > 0)
 
     def _backward(
         self, task: Task, example: Any, values: ThetaValues, structure: Structure
-    ) -> tuple[float, float, float]:
+    ) -> tuple[float, float, float, float]:
         terms = task(example, values, structure)
         if terms.total.requires_grad:
             terms.total.backward()
-        return terms.total.item(), terms.cross_entropy.item(), terms.alignment.item()
+        divergence = 0.0 if terms.divergence is None else terms.divergence.item()
+        return terms.total.item(), terms.cross_entropy.item(), terms.alignment.item(), divergence
 
     def _update(self, mapped: ThetaValues, gradient: torch.Tensor, ids: list[str]) -> float:
         self.optimizer.zero_grad()
@@ -132,11 +163,14 @@ class Trainer:
             raise _diverged("gradient", norm, ids)
         before = self.theta.raw.detach().clone()
         self.optimizer.step()
-        with torch.no_grad():  # weight decay and moments don't move what is frozen
+        with torch.no_grad():
+            if self.settings.gate_rate != 1:
+                self.theta.raw.copy_(before + self._rates * (self.theta.raw - before))
+            # Weight decay and moments don't move what is frozen.
             self.theta.raw.copy_(torch.where(self._learns, self.theta.raw, before))
         return norm
 
-    def _check(self, ids: list[str], done: list[tuple[float, float, float]]) -> None:
+    def _check(self, ids: list[str], done: list[tuple[float, float, float, float]]) -> None:
         bad = [i for i, terms in zip(ids, done, strict=True) if not all(map(math.isfinite, terms))]
         if bad:
             raise _diverged("loss", next(t[0] for i, t in zip(ids, done, strict=True) if i == bad[0]), bad)

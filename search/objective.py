@@ -8,8 +8,10 @@ What the paper leaves open is chosen so:
 * N_final counts acting gates at their soft g c and all others as closed, as the forward pass does, with the gradient
   of Eq. 13's product for every gate. With ``budget_gates="all"`` it is Eq. 13 to the letter: gates that are closed in
   the forward pass count with what they are above 0, and the count is below what is deployed.
-* ``budget_measure="layer_average"`` holds the mean over layers of the visual tokens that a layer sees against B,
-  instead of N_final. N_final alone gives no reason to reduce early: reducing everything at the last place meets it.
+* ``budget_measure`` holds what layers see against B (``layer_average``, ``kv_bytes``, ``flops``) instead of N_final,
+  which alone gives no reason to reduce early: reducing everything at the last place meets it.
+* A third term, with a weight of 0 unless asked for: the divergence of the answer's distribution from the unreduced
+  model's, which says more than the right answer alone and nothing of what the unreduced model gets wrong.
 """
 
 from collections.abc import Collection
@@ -20,12 +22,13 @@ import torch
 import torch.nn.functional as F
 
 from eos_search.examples import Prepared
-from eos_search.relaxed import RelaxedOutput, straight
+from eos_search.flow import straight
+from eos_search.measures import SearchMeasure, tokens_of
+from eos_search.relaxed import RelaxedOutput
 from eos_search.theta import ThetaValues
 
 AlignOn = Literal["text", "visual"]
 BudgetGates = Literal["acting", "all"]
-SearchMeasure = Literal["final", "layer_average"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Objective:
         cross_entropy: whether the answers count; without, alignment alone is the task.
         budget_measure: what is held against B.
         budget_gates: which gates count in it.
+        crossover: of :func:`eos_search.measures.tokens_of`, where the measure is flops.
+        lambda_kl: weight of the divergence from the unreduced model's answers.
     """
 
     budget: int
@@ -57,6 +62,8 @@ class Objective:
     cross_entropy: bool = True
     budget_measure: SearchMeasure = "final"
     budget_gates: BudgetGates = "acting"
+    crossover: int | None = None
+    lambda_kl: float = 0.0
 
     @property
     def aligned(self) -> tuple[int, ...]:
@@ -71,6 +78,7 @@ class TaskTerms:
     cross_entropy: torch.Tensor
     alignment: torch.Tensor
     total: torch.Tensor
+    divergence: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,33 @@ class Penalties:
 
 
 def task_terms(
-    objective: Objective, example: Prepared, output: RelaxedOutput, reference: dict[int, torch.Tensor]
+    objective: Objective,
+    example: Prepared,
+    output: RelaxedOutput,
+    reference: dict[int, torch.Tensor],
+    answers: torch.Tensor | None = None,
 ) -> TaskTerms:
-    """Eq. 14 (or 23) for one example; ``reference`` holds the aligned rows of the unreduced pass by layer."""
+    """Eq. 14 (or 23) for one example.
+
+    Args:
+        objective: weights.
+        example: with the answer's tokens.
+        output: of the reduced pass.
+        reference: aligned rows of the unreduced pass by layer.
+        answers: logits of the unreduced pass at the answer ``[answer, vocabulary]``, for ``lambda_kl`` above 0.
+    """
     answer = F.cross_entropy(output.logits, example.targets)
     alignment = answer.new_zeros(())
     for layer in objective.aligned:
         alignment = alignment + _deviation(objective, example, output, layer, reference[layer])
     alignment = alignment / max(1, len(objective.aligned))
     total = objective.lambda_align * alignment + (answer if objective.cross_entropy else 0.0)
-    return TaskTerms(answer, alignment, total)
+    if objective.lambda_kl == 0:
+        return TaskTerms(answer, alignment, total)
+    assert answers is not None
+    given = (output.logits.log_softmax(dim=-1), answers.float().log_softmax(dim=-1))
+    divergence = F.kl_div(*given, reduction="batchmean", log_target=True)
+    return TaskTerms(answer, alignment, total + objective.lambda_kl * divergence, divergence)
 
 
 def reference_rows(objective: Objective, example: Prepared, states: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -139,6 +164,4 @@ def tokens_left(objective: Objective, values: ThetaValues, acting: Collection[in
         acts[list(acting)] = True
         gate = torch.where(acts, gate, straight(gate))
     left = objective.visual_tokens * torch.cumprod(1 - gate * values.discard, dim=0)
-    if objective.budget_measure == "final":
-        return left[-1]
-    return (objective.visual_tokens + left[:-1].sum()) / values.depth
+    return tokens_of(objective.visual_tokens, left, objective.budget_measure, objective.crossover)

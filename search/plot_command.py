@@ -17,7 +17,8 @@ _FIGURES = {
     "robustness": "points lost by reducers moved and removed (Table 9)",
     "budgets": "accuracy against the budget (Fig. 7)",
     "margin": "points of one profile over another at each budget (Fig. 7d)",
-    "search": "gamma and tau by layer and during a search (Fig. 8)",
+    "gradients": "estimators of the gradient of counts, and differences of the hard loss",
+    "search": "gates, discards, gamma and tau by layer and during a search (Fig. 8)",
     "profile": "visual tokens by layer and operators of a profile",
     "patches": "patches that a profile keeps, drawn over an image",
 }
@@ -42,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
         figure.add_argument("--out", type=Path, required=True, help="PNG to write; its data go beside it as JSON")
         figure.set_defaults(run=run)
     made["equivalence"].add_argument("--raw", type=Path, default=None, help="also checks of `eos-vllm verify --json`")
+    made["gradients"].add_argument("--raw", type=Path, required=True, help="of eos-search ablate gradients")
     made["margin"].add_argument("--against", required=True, help="profile in the result that is subtracted")
     made["search"].add_argument("--run", type=Path, required=True, dest="folder", help="folder of a search")
     patches = made["patches"]
@@ -91,6 +93,10 @@ def draw(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         from eos_search.plots.equivalence import equivalence_figure, gaussian_checks, verified_checks
 
         return equivalence_figure(gaussian_checks() + (verified_checks(_json(args.raw)) if args.raw else []))
+    if args.figure == "gradients":
+        from eos_search.plots.gradients import gradients_figure
+
+        return gradients_figure(_json(args.raw, "rows", "eos-search ablate gradients --out"))
     if args.figure == "search":
         from eos_search.plots.search import search_figure
         from eos_search.run_folder import read_records
@@ -148,14 +154,15 @@ def picture(file: Path | None, question: str | None, index: int) -> tuple[Any, s
         raise EosError("--image", str(file), f"it cannot be read ({error})", "give the path of an image") from None
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path, field: str = "gaussian", source: str = "eos-vllm verify --json") -> dict[str, Any]:
+    """A JSON document that holds ``field``, as ``source`` makes it."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         problem = f"it cannot be read ({error})"
-        raise EosError("--raw", str(file), problem, "give what `eos-vllm verify --json` prints") from None
-    if not isinstance(document, dict) or "gaussian" not in document:
-        raise EosError("--raw", str(file), "holds no checks", "give what `eos-vllm verify --json` prints")
+        raise EosError("--raw", str(file), problem, f"give what `{source}` makes") from None
+    if not isinstance(document, dict) or field not in document:
+        raise EosError("--raw", str(file), f"holds no {field}", f"give what `{source}` makes")
     return document
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eos_search.data import Data, load_data
+from eos_search.estimators.choice import keep_estimator
 from eos_search.examples import Encoder
 from eos_search.export import search_provenance, searched_profile, write_json
 from eos_search.frozen import Frozen, load_frozen
@@ -110,7 +111,11 @@ def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
     trainer = Trainer(theta, rules, ready.objective, settings, accelerator)
     first = folder.load(accelerator)
     relaxation = Relaxation(
-        settings.boundary_sharpness, "gate" not in settings.frozen, settings.checkpointing, ready.frozen.flash_reference
+        settings.boundary_sharpness,
+        "gate" not in settings.frozen,
+        settings.checkpointing,
+        ready.frozen.flash_reference,
+        keep_estimator(settings.keep_estimator, settings.boundary_sharpness, settings.keep_width, settings.keep_every),
     )
     model = RelaxedModel(ready.frozen.model, rules, relaxation)
     task = ModelTask(model, ready.objective, ready.objective.visual_tokens, settings.cache_mib << 20)
@@ -138,6 +143,7 @@ def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
     try:
         with stop_signals() as asked, tqdm(total=settings.steps, initial=first, disable=_no_bar(say)) as bar:
             for step, batch in enumerate(loader, start=first):
+                trainer.temper()
                 values = theta().table.detach().T.tolist() if step % settings.log_every == 0 else None
                 result = trainer.step(batch, task, stop=bool(asked))
                 skipped += len(result.skipped)
@@ -156,6 +162,7 @@ def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
     if skipped:
         say(f"{skipped} times a row was skipped because its image could not be decoded")
     records = read_records(folder.path)
+    theta.gate_scale = theta.ranges.gate_scale
     profile = searched_profile(theta, rules, settings.name, search_provenance(settings, data, records))
     if accelerator.is_main_process:
         write_json(folder.theta, profile.to_dict())

@@ -16,6 +16,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--config", metavar="NAME|FILE", help="a config of the package (embedded, ...) or a JSON file")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the output folder")
+    parser.add_argument(
+        "--restarts",
+        default=None,
+        metavar="A,B;C,D;...",
+        help="search from each placement, take the best end",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_flags(parser)
     parser.set_defaults(run=run)
@@ -29,9 +35,13 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products need on a GPU
     from accelerate import PartialState
 
+    from eos_search.restarts import parse_placements, run_restarts
     from eos_search.run import run_search
 
-    result = run_search(settings, resume=args.resume, quiet=args.quiet)
+    if args.restarts:
+        result = run_restarts(settings, parse_placements(args.restarts), resume=args.resume, quiet=args.quiet)
+    else:
+        result = run_search(settings, resume=args.resume, quiet=args.quiet)
     if not PartialState().is_main_process:
         return 0
     counts = result.profile.schedules[str(result.profile.budget.tokens)]

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from eos_search.objective import AlignOn, BudgetGates, SearchMeasure
-from eos_search.theta import Kind, StartName
+from eos_search.estimators.base import KeepName
+from eos_search.measures import SearchMeasure
+from eos_search.objective import AlignOn, BudgetGates
+from eos_search.theta import GATE_OFF, GATE_ON, Kind, StartName
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import QueryRule
 
@@ -54,11 +56,13 @@ class SearchSettings(BaseModel):
 
     budget: int = Field(64, ge=1, description="B: visual tokens of an image that may be left")
     serve_budgets: Layers = Field((), description="final counts that examples take in turn (default: Theta's own)")
-    budget_measure: SearchMeasure = Field("final", description="final (Eq. 13) or layer_average")
+    budget_measure: SearchMeasure = Field("final", description="final (Eq. 13), or what layers see of an image")
     budget_gates: BudgetGates = Field("acting", description="gates that count in it: acting, or all as in Eq. 13")
+    constraint: Literal["penalty", "lagrangian"] = Field("penalty", description="Eq. 13's, or one that is met")
     max_reducers: int = Field(3, ge=1, description="C: layers that may reduce")
     minimum: int = Field(1, ge=1, description="Kmin: visual tokens that every reducer leaves")
     lambda_align: float = Field(0.1, ge=0, description="weight of the alignment")
+    lambda_kl: float = Field(0.0, ge=0, description="weight of the divergence from the unreduced model's answers")
     lambda_budget: float = Field(1.0, ge=0, description="weight of the token budget")
     lambda_cost: float = Field(1.0, ge=0, description="weight of the number of active layers")
     cross_entropy: bool = Field(True, description="false: the alignment alone is the task")
@@ -69,6 +73,11 @@ class SearchSettings(BaseModel):
     placement: Layers | None = Field(None, description="layers active at the start (default: Table 5's, scaled)")
     frozen: Kinds = Field((), description="kinds of parameter that stay as they start, such as gate,discard")
     gate_scale: float = Field(5.0, gt=0, le=1000, description="Tg of Eq. 10")
+    gate_scale_start: float | None = Field(None, gt=0, le=1000, description="Tg at first (default: gate_scale)")
+    gate_settled: float = Field(0.5, gt=0, le=1, description="share of the steps after which Tg is gate_scale")
+    gate_on: float = Field(GATE_ON, gt=0, lt=1, description="gates of the placement at the start")
+    gate_off: float = Field(GATE_OFF, gt=0, lt=1, description="most that other gates start with")
+    gate_rate: float = Field(1.0, gt=0, le=1, description="learning rate of gates, as a share of that of the rest")
     discard_scale: float = Field(1.0, gt=0, le=1000, description="Tc of Eq. 10")
     epsilon: float = Field(1e-4, gt=0, le=1, description="least assignment temperature")
     gate_threshold: float = Field(0.5, gt=0, lt=1, description="a gate above it acts")
@@ -77,6 +86,9 @@ class SearchSettings(BaseModel):
     norm: Literal["token", "frobenius"] = Field("token", description="norm that nu preserves")
     gate_sharpness: float = Field(10.0, gt=0, le=1e6, description="beta of Eq. 4")
     boundary_sharpness: float = Field(10.0, ge=0, le=1e6, description="alpha of Eq. 12, scores in units of their mean")
+    keep_estimator: KeepName = Field("eq12", description="how the loss learns what counts do to it")
+    keep_width: float = Field(0.1, gt=0, lt=1, description="how far ghosts and differences look, as a share of a count")
+    keep_every: int = Field(1, ge=1, description="differences are measured at every so many rows")
 
     steps: int = Field(4000, ge=1, description="optimiser steps")
     batch_size: int = Field(4, ge=1, description="examples per step, over all processes together")

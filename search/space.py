@@ -3,7 +3,7 @@
 from eos_search.objective import Objective
 from eos_search.settings import SearchSettings
 from eos_search.structure import Rules
-from eos_search.theta import Ranges, Theta, default_placement, start_values
+from eos_search.theta import GATE_OFF, GATE_ON, Ranges, Theta, default_placement, start_values
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import ImportanceSpec, ModelSpec, OperatorSpec
 
@@ -31,14 +31,32 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
     if not layers or min(layers) < 0 or max(layers) >= depth or len(set(layers)) < len(layers):
         problem, remedy = f"the model has layers 0 to {depth - 1}", "give some of them, each once"
         raise SettingError("align_layers", list(layers), problem, remedy)
-    if not settings.cross_entropy and settings.lambda_align == 0:
-        remedy = "give lambda_align above 0, or turn cross_entropy on"
+    if not settings.cross_entropy and settings.lambda_align == 0 and settings.lambda_kl == 0:
+        remedy = "give lambda_align or lambda_kl above 0, or turn cross_entropy on"
         raise SettingError("cross_entropy", False, "without the alignment nothing is left to learn from", remedy)
+    if settings.constraint == "lagrangian" and "discard" in settings.frozen:
+        problem, remedy = "frozen discards cannot be moved to meet a budget", "let discard learn, or take penalty"
+        raise SettingError("constraint", settings.constraint, problem, remedy)
+    changed = settings.gate_on != GATE_ON or settings.gate_off != GATE_OFF
+    if changed and not settings.gate_off < settings.gate_threshold < settings.gate_on:
+        problem = f"gate_off={settings.gate_off} < gate_threshold={settings.gate_threshold} < gate_on does not hold"
+        raise SettingError("gate_on", settings.gate_on, problem, "give gates on either side of the threshold")
     placement = settings.placement or default_placement(depth, settings.max_reducers)
     start = start_values(
-        settings.start, depth, visual, settings.budget, settings.max_reducers, placement, settings.budget_measure
+        settings.start,
+        depth,
+        visual,
+        settings.budget,
+        settings.max_reducers,
+        placement,
+        settings.budget_measure,
+        settings.gate_on,
+        settings.gate_off,
+        spec.flops_crossover,
     )
-    theta = Theta.from_values(start, Ranges(settings.gate_scale, settings.discard_scale, settings.epsilon))
+    theta = Theta.from_values(
+        start, Ranges(settings.gate_scale, settings.discard_scale, settings.epsilon), settings.gate_scale_start
+    )
     objective = Objective(
         budget=settings.budget,
         max_reducers=settings.max_reducers,
@@ -51,6 +69,8 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
         cross_entropy=settings.cross_entropy,
         budget_measure=settings.budget_measure,
         budget_gates=settings.budget_gates,
+        crossover=spec.flops_crossover,
+        lambda_kl=settings.lambda_kl,
     )
     rules = Rules(
         model=spec,

@@ -49,12 +49,14 @@ class Structure:
         counts: visual tokens of an image left after each of them.
         profile: the profile that says the same; None where no gate acts.
         candidates: for each other place, the count that it would leave behind if its gate acted.
+        budget: the retain budget that the counts are scaled to; None: they are those of Eq. 11.
     """
 
     acting: tuple[int, ...]
     counts: tuple[int, ...]
     profile: Profile | None
     candidates: dict[int, int]
+    budget: int | None = None
 
 
 def acting_layers(gates: list[float], rules: Rules) -> tuple[int, ...]:
@@ -86,7 +88,7 @@ def read_structure(values: ThetaValues, rules: Rules, budget: int | None = None)
             tokens = counts[acting.index(layer)]
         else:
             candidates[layer] = _count_if_acting(layer, row, tokens, rules)
-    return Structure(acting, counts, profile, candidates)
+    return Structure(acting, counts, profile, candidates, budget)
 
 
 def _reducer(layer: int, row: list[float]) -> Reducer:

@@ -1,12 +1,13 @@
 """The task loss of a row of the data: encoded in a loader's process, embedded and run on the model's device."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils.data import Dataset
 
 from eos_search.data import Data
 from eos_search.examples import Broken, Encoded, Encoder, Prepared, prepare
+from eos_search.flow import straight
 from eos_search.objective import Objective, TaskTerms, reference_rows, task_terms
 from eos_search.relaxed import RelaxedModel
 from eos_search.structure import Structure
@@ -26,6 +27,48 @@ class EncodedRows(Dataset[Encoded | Broken]):
         return self.encoder.encode(index, self.data.rows[index])
 
 
+_Known = tuple[Prepared, dict[int, torch.Tensor], torch.Tensor | None]
+
+
+def example_terms(
+    model: RelaxedModel,
+    objective: Objective,
+    example: Prepared,
+    values: ThetaValues,
+    structure: Structure,
+    reference: dict[int, torch.Tensor],
+    row: int = 0,
+    answers: torch.Tensor | None = None,
+) -> TaskTerms:
+    """The task loss of one example, with gradients for all of Theta.
+
+    Args:
+        model: the frozen model, and how counts are estimated.
+        objective: weights of the terms.
+        example: what enters layer 0.
+        values: Theta.
+        structure: its hard reading.
+        reference: :func:`eos_search.objective.reference_rows` of the unreduced pass.
+        row: number of the example in the data.
+        answers: logits of the unreduced pass at the answer, where the objective asks for them.
+    """
+    output = model.forward(example, values, structure, objective.aligned)
+    terms = task_terms(objective, example, output, reference, answers)
+    run = output.run
+    if run is None or not run.marks or not (torch.is_grad_enabled() and values.table.requires_grad):
+        return terms
+
+    def loss(place: int, count: int) -> float:
+        with torch.no_grad():
+            other = model.recount(output, place, count)
+            return task_terms(objective, example, other, reference, answers).total.item()
+
+    slopes = model.keep.slopes(run, row, loss)
+    if slopes is None:
+        return terms
+    return replace(terms, total=terms.total + (straight(run.soft.logs) * slopes).sum().to(terms.total.dtype))
+
+
 @dataclass
 class ModelTask:
     """The task loss of an encoded row; remembers what doesn't depend on Theta, up to ``cache_bytes``."""
@@ -34,20 +77,22 @@ class ModelTask:
     objective: Objective
     visual_tokens: int
     cache_bytes: int = 0
-    _remembered: dict[int, tuple[Prepared, dict[int, torch.Tensor]]] = field(default_factory=dict)
+    _remembered: dict[int, _Known] = field(default_factory=dict)
 
     def __call__(self, encoded: Encoded, values: ThetaValues, structure: Structure) -> TaskTerms:
-        example, reference = self._remembered.get(encoded.index) or self._prepare(encoded)
-        output = self.model.forward(example, values, structure, self.objective.aligned)
-        return task_terms(self.objective, example, output, reference)
+        example, reference, answers = self._remembered.get(encoded.index) or self._prepare(encoded)
+        return example_terms(self.model, self.objective, example, values, structure, reference, encoded.index, answers)
 
-    def _prepare(self, encoded: Encoded) -> tuple[Prepared, dict[int, torch.Tensor]]:
+    def _prepare(self, encoded: Encoded) -> _Known:
         rule = self.model.rules.importance.queries
         example = prepare(self.model.model, encoded, rule, self.visual_tokens)
-        states = self.model.reference(example, self.objective.aligned)
+        last = len(self.model.decoder.layers) - 1 if self.objective.lambda_kl else None
+        states = self.model.reference(example, {*self.objective.aligned, *([] if last is None else [last])})
+        answers = None if last is None else self.model.answers(example, states[last])
         reference = reference_rows(self.objective, example, states)
-        size = sum(tensor.nbytes for tensor in (example.embeddings, *reference.values()))
+        held = [example.embeddings, *reference.values(), *([] if answers is None else [answers])]
+        size = sum(tensor.nbytes for tensor in held)
         if size <= self.cache_bytes:
             self.cache_bytes -= size
-            self._remembered[encoded.index] = example, reference
-        return example, reference
+            self._remembered[encoded.index] = example, reference, answers
+        return example, reference, answers

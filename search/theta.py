@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eos_search.measures import SearchMeasure, tokens_of
 from eos_vllm.analysis.scaling import scale_layers
 from eos_vllm.core.errors import SettingError
 
@@ -25,8 +26,9 @@ _PLACEMENTS = {1: (15,), 2: (2, 15), 3: (2, 6, 15)}
 _PAPER_DEPTH = 32
 # Sigmoids reach 0 only in the limit, where their gradient is 0 too: this stands for the paper's 0.
 NEAR_ZERO = 0.02
-_GATE_ON = 0.95
-_GATE_OFF = 0.05
+_MEASURES = {"layer_average": "a layer average", "kv_bytes": "KV bytes of tokens", "flops": "FLOPs of tokens"}
+GATE_ON = 0.95
+GATE_OFF = 0.05
 _MOST = 0.999
 # Keeps 1 - g c above 0: profiles and Eq. 12 divide by it.
 DISCARD_LIMIT = 1 - 1e-6
@@ -77,20 +79,31 @@ class Theta(nn.Module):
         super().__init__()
         self.raw = nn.Parameter(raw.detach().double().clone())
         self.ranges = ranges or Ranges()
+        # Tg of the moment; a schedule may lead up to that of the ranges.
+        self.gate_scale = self.ranges.gate_scale
 
     @classmethod
-    def from_values(cls, values: torch.Tensor, ranges: Ranges | None = None) -> Self:
-        """Theta whose mapped values are ``values`` ``[L, 7]``; 0, 1 and the like are moved inside the open ranges."""
+    def from_values(cls, values: torch.Tensor, ranges: Ranges | None = None, gate_scale: float | None = None) -> Self:
+        """Theta whose mapped values are ``values`` ``[L, 7]``; 0, 1 and the like are moved inside the open ranges.
+
+        Args:
+            values: what the maps of Eq. 10 are to give.
+            ranges: their constants.
+            gate_scale: Tg at which the gates have these values; that of ``ranges`` where left out.
+        """
         ranges = ranges or Ranges()
+        gate_scale = gate_scale or ranges.gate_scale
         columns = dict(zip(KINDS, values.double().unbind(dim=1), strict=True))
         inside = {kind: column.clamp(1e-6, 1 - 1e-6) for kind, column in columns.items()}
         raw = {kind: inside[kind].logit() for kind in ("gamma", "rho", "nu")}
-        raw["gate"] = inside["gate"].logit() / ranges.gate_scale
+        raw["gate"] = inside["gate"].logit() / gate_scale
         raw["discard"] = inside["discard"].logit() / ranges.discard_scale
         raw["theta"] = ((columns["theta"] + 1) / 2).clamp(1e-6, 1 - 1e-6).logit()
         positive = (columns["tau"] - ranges.epsilon).clamp(min=1e-6)
         raw["tau"] = positive + torch.log(-torch.expm1(-positive))
-        return cls(torch.stack([raw[kind] for kind in KINDS], dim=1), ranges)
+        theta = cls(torch.stack([raw[kind] for kind in KINDS], dim=1), ranges)
+        theta.gate_scale = gate_scale
+        return theta
 
     def forward(self) -> ThetaValues:
         """Eq. 10."""
@@ -98,7 +111,7 @@ class Theta(nn.Module):
         is_place = torch.ones_like(raw["gate"])
         is_place[-1] = 0.0
         mapped = {
-            "gate": torch.sigmoid(raw["gate"] * self.ranges.gate_scale) * is_place,
+            "gate": torch.sigmoid(raw["gate"] * self.gate_scale) * is_place,
             "discard": torch.sigmoid(raw["discard"] * self.ranges.discard_scale).clamp(max=DISCARD_LIMIT),
             "gamma": torch.sigmoid(raw["gamma"]),
             "tau": F.softplus(raw["tau"]) + self.ranges.epsilon,
@@ -125,14 +138,18 @@ def start_values(
     budget: int,
     max_reducers: int,
     placement: Sequence[int],
-    measure: Literal["final", "layer_average"] = "final",
+    measure: SearchMeasure = "final",
+    gate_on: float = GATE_ON,
+    gate_off: float = GATE_OFF,
+    crossover: int | None = None,
 ) -> torch.Tensor:
     """Values ``[L, 7]`` that the search starts from.
 
     ``warm`` is the paper's section 2.6 (active at a known placement, gamma near 0), ``uniform`` its Table 5 (gamma and
     tau 0.5). theta, rho and nu are 0 in both; rho and nu as near to it as leaves a gradient. The paper gives neither
-    gates nor discards: here the active gates stand at 0.95, all others share what then is left of C (at most 0.05
-    each), and all discards are equal and meet the budget. So the start satisfies both constraints of Eq. 13.
+    gates nor discards: here the active gates stand at ``gate_on``, all others share what then is left of C (at most
+    ``gate_off`` each), and all discards are equal and meet the budget. So the start satisfies both constraints of
+    Eq. 13.
 
     Args:
         name: which start.
@@ -141,7 +158,10 @@ def start_values(
         budget: B.
         max_reducers: C.
         placement: layers active at the start, at most C, ascending, each below L - 1.
-        measure: what B counts: tokens behind the last reducer, or the mean over layers of those that a layer sees.
+        measure: what B counts (:func:`eos_search.measures.tokens_of`).
+        gate_on: gates of the placement.
+        gate_off: most that other gates begin with.
+        crossover: for the measure flops.
 
     Raises:
         SettingError: a placement that is empty, too long, out of range, or not ascending; a layer average that it
@@ -154,12 +174,12 @@ def start_values(
     if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= places:
         remedy = f"give ascending layers in 0..{places - 1}; behind the last layer nothing is left to reduce"
         raise SettingError("placement", layers, f"these are no places of a model of {depth} layers", remedy)
-    left = max_reducers - _GATE_ON * len(layers)
-    off = min(_GATE_OFF, left / (places - len(layers))) if places > len(layers) else 0.0
+    left = max_reducers - gate_on * len(layers)
+    off = min(gate_off, left / (places - len(layers))) if places > len(layers) else 0.0
     if measure == "final":
-        discard = min((1 - (budget / visual_tokens) ** (1 / len(layers))) / _GATE_ON, _MOST)
+        discard = min((1 - (budget / visual_tokens) ** (1 / len(layers))) / gate_on, _MOST)
     else:
-        discard = _discard_for_average(budget, visual_tokens, depth, layers)
+        discard = _discard_for_cost(budget, visual_tokens, depth, layers, gate_on, measure, crossover)
     gamma = NEAR_ZERO if name == "warm" else 0.5
     start = {
         "gate": off,
@@ -171,18 +191,31 @@ def start_values(
         "nu": NEAR_ZERO,
     }
     values = torch.tensor([start[kind] for kind in KINDS], dtype=torch.float64).repeat(depth, 1)
-    values[layers, KINDS.index("gate")] = _GATE_ON
+    values[layers, KINDS.index("gate")] = gate_on
     return values
 
 
-def _discard_for_average(budget: int, visual_tokens: int, depth: int, layers: Sequence[int]) -> float:
+def _discard_for_cost(
+    budget: int,
+    visual_tokens: int,
+    depth: int,
+    layers: Sequence[int],
+    gate: float,
+    measure: SearchMeasure,
+    crossover: int | None,
+) -> float:
+    behind = [sum(layer < index for layer in layers) for index in range(depth + 1)]
+
     def average(discard: float) -> float:
-        behind = [sum(layer < index for layer in layers) for index in range(depth)]
-        return visual_tokens * sum((1 - _GATE_ON * discard) ** reducers for reducers in behind) / depth
+        shares = [(1 - gate * discard) ** reducers for reducers in behind]
+        if measure != "flops":
+            return visual_tokens * sum(shares[:-1]) / depth
+        left = torch.tensor(shares[1:], dtype=torch.float64) * visual_tokens
+        return tokens_of(visual_tokens, left, measure, crossover).item()
 
     if (least := average(_MOST)) > budget:
         remedy = f"give {math.ceil(least)} or more, an earlier placement, or budget_measure final"
-        problem = f"reducers at {list(layers)} leave a layer average of {least:.1f} at least"
+        problem = f"reducers at {list(layers)} leave {_MEASURES[measure]} of {least:.1f} at least"
         raise SettingError("budget", budget, problem, remedy)
     low, high = 0.0, _MOST
     for _ in range(60):

@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from eos_search.plots.canvas import MARKS, panels
-from eos_search.theta import KINDS
+from eos_search.theta import KINDS, Kind
 from eos_vllm.core.budget import image_size, kept_counts, layer_average, own_budget, plain
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile
 
-_SHOWN = ("gamma", "tau")
+_SHOWN: tuple[Kind, ...] = ("gate", "discard", "gamma", "tau")
 _IDLE = "#c9c9c9"
 _OPERATOR = ("gamma", "tau", "theta", "rho", "nu")
 
@@ -39,15 +39,15 @@ def trajectory(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def search_figure(records: Sequence[Mapping[str, Any]]) -> tuple[Figure, dict[str, Any]]:
-    """Fig. 8: gamma and tau by layer at the last record, and over the steps; acting layers are coloured.
+    """Fig. 8: gates, discards, gamma and tau by layer at the last record, and over the steps; acting layers in colour.
 
     Returns:
         The figure, and its data.
     """
     data = trajectory(records)
-    figure, axes = panels(2, 2, width=4.2)
+    figure, axes = panels(2, len(_SHOWN), width=4.2)
     colours = {layer: f"C{number % 10}" for number, layer in enumerate(data["acting"])}
-    for kind, by_layer, over_steps in zip(_SHOWN, axes[:2], axes[2:], strict=True):
+    for kind, by_layer, over_steps in zip(_SHOWN, axes[: len(_SHOWN)], axes[len(_SHOWN) :], strict=True):
         lines = data["values"][kind]
         last = [line[-1] for line in lines]
         by_layer.bar(range(len(last)), last, color=[colours.get(layer, _IDLE) for layer in range(len(last))])

@@ -9,9 +9,10 @@ import pytest
 import torch
 from search_cases import LAYERS, make_example, make_row, make_rules, make_theta
 
+from eos_search.estimators.equation12 import keep_probability
 from eos_search.examples import Prepared
 from eos_search.objective import Objective, reference_rows, task_terms
-from eos_search.relaxed import Relaxation, RelaxedModel, keep_probability
+from eos_search.relaxed import Relaxation, RelaxedModel
 from eos_search.structure import Rules, read_structure
 from eos_search.theta import KINDS, Theta, ThetaValues
 from eos_vllm.core.layout import Entry, build_layout

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eos_search.examples import Prepared
+from eos_search.flow import States
 from eos_search.objective import Objective, penalties, reference_rows, task_terms, tokens_left
-from eos_search.relaxed import RelaxedOutput, States
+from eos_search.relaxed import RelaxedOutput
 from eos_search.theta import KINDS, ThetaValues
 from eos_vllm.core.plan import ImageSpan
 

@@ -185,7 +185,10 @@ def test_the_trajectory_is_that_of_the_records(finished: Path) -> None:
     assert set(data["values"]) == set(KINDS)
     assert data["values"]["gamma"][1] == [records[0]["values"]["gamma"][1], records[2]["values"]["gamma"][1]]
     assert data["acting"] == records[2]["acting"]
-    assert [bar.get_height() for bar in figure.axes[1].patches] == records[2]["values"]["tau"]
+    for place, kind in enumerate(("gate", "discard", "gamma", "tau")):
+        assert [bar.get_height() for bar in figure.axes[place].patches] == records[2]["values"][kind]
+        over_steps = figure.axes[4 + place].lines
+        assert sorted(tuple(line.get_ydata()) for line in over_steps) == sorted(map(tuple, data["values"][kind]))
     with pytest.raises(EosError, match="no values of Theta"):
         trajectory([{"step": 0}])
 
