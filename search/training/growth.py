@@ -27,6 +27,9 @@ def build(layers: int, recipe: Recipe = CLUTTER1) -> Any:
         elif "embed_tokens" in name:
             nn.init.normal_(parameter, std=0.5)
     _start_tower(model.model.vision_tower, recipe)
+    if recipe.pointers:
+        for layer in model.model.language_model.layers:
+            _look_for_the_same(layer.self_attn)
     return model
 
 
@@ -49,9 +52,14 @@ def _start_tower(tower: Any, recipe: Recipe) -> None:
         tower.embeddings.position_embedding.weight[0] = 0
         nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * recipe.shape.patch_size**2) ** -0.5)
         for layer in tower.encoder.layers:
-            attention = layer.self_attn
-            noise = 0.5 * torch.randn_like(attention.k_proj.weight) * width**-0.5
-            attention.q_proj.weight.copy_(attention.k_proj.weight + noise)
+            _look_for_the_same(layer.self_attn)
+
+
+@torch.no_grad()
+def _look_for_the_same(attention: Any) -> None:
+    """Queries near keys: a token begins by looking at those that are like it."""
+    noise = 0.5 * torch.randn_like(attention.k_proj.weight) * attention.k_proj.weight.shape[1] ** -0.5
+    attention.q_proj.weight.copy_(attention.k_proj.weight + noise)
 
 
 def grow(shallow: Any, recipe: Recipe = CLUTTER1) -> Any:

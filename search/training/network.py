@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eos_search.training.batches import FRAME_PATCHES, Batch, prefix_ids
+from eos_search.training.batches import FRAME_PATCHES, Batch, encode, prefix_ids
 from eos_search.training.growth import Mixture, frame_waves
+from eos_search.training.masks import attention_masks
 from eos_search.training.recipe import CLUTTER1, Recipe, Thinning
 from eos_vllm.cluttervqa.scene import COLOUR_NAMES
 from eos_vllm.cluttervqa.small import ORDERS
@@ -110,9 +111,22 @@ class Trainee(nn.Module):
         numbers = self.numbers(batch, int(visual.shape[1] ** 0.5))
         place = torch.stack([numbers // FRAME_PATCHES, numbers % FRAME_PATCHES], dim=-1) / FRAME_PATCHES
         losses["place"] = 4 * F.mse_loss(self.heads["place"](visual), place)
-        if batch.whole.shape[1]:
+        if self.recipe.pointers:
+            losses["words"] = self.word_loss(batch, visual)
             losses["whole"] = F.binary_cross_entropy_with_logits(self.heads["whole"](tower[:, 0]), batch.whole)
         return losses
+
+    def word_loss(self, batch: Batch, visual: torch.Tensor) -> torch.Tensor:
+        """Patches of objects are like the words for them: how near the projector's output is to their embeddings."""
+        embed = self.model.model.language_model.embed_tokens
+        objects = batch.labels[..., 0] > 0
+        shown, labels = F.normalize(visual[objects], dim=-1), batch.labels[objects] - 1
+        loss = visual.new_zeros(())
+        for number, names in enumerate((COLOUR_NAMES, self.recipe.benchmark.types)):
+            ids = [torch.tensor(encode(f" {name}", batch.version), device=visual.device) for name in names]
+            words = F.normalize(torch.stack([embed(word).sum(dim=0) for word in ids]), dim=-1)
+            loss = loss + 0.5 * F.cross_entropy(10 * shown @ words.T, labels[:, number])
+        return loss
 
     def forward(
         self, batch: Batch, questions: bool = True, blind: bool = False, thinning: Thinning | None = None
@@ -240,19 +254,3 @@ class Trainee(nn.Module):
         objects = (batch.labels[..., 0] > 0).float()
         on_objects = (weights[..., 1:].mean(dim=1) * objects).sum(dim=1) / weights[..., 1:].mean(dim=1).sum(dim=1)
         return float((on_objects / objects.mean(dim=1)).mean())
-
-
-def attention_masks(segment: torch.Tensor, before: int, visual: int, blind: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What may see what, in the layers that are to be blind and in the others, ``[B, 1, S, S]`` bool each.
-
-    What stands before the text is plainly causal; each question sees that and itself, with ``blind`` not the image in
-    the former.
-    """
-    owner = torch.cat([segment.new_full((len(segment), before + visual), -2), segment], dim=1)
-    place = torch.arange(owner.shape[1], device=segment.device)
-    same = (owner[:, None, :] == -2) | (owner[:, None, :] == owner[:, :, None])
-    late = ((place[:, None] >= place) & same)[:, None]
-    if not blind:
-        return late, late
-    is_text, is_visual = place >= before + visual, (place >= before) & (place < before + visual)
-    return late & ~(is_text[:, None] & is_visual), late

@@ -192,7 +192,7 @@ class Run:
             tqdm.write(f"{record['stage']}: " + ", ".join(f"{k} {v:.3f}" for k, v in record["validation"].items()))
 
 
-_TOWER_LOSSES = ("colour", "kind", "order", "middle", "place", "whole")
+_TOWER_LOSSES = ("colour", "kind", "order", "middle", "place", "words", "whole")
 
 
 class Meter:

@@ -173,6 +173,7 @@ def test_losses_fall_and_a_stopped_run_goes_on_to_the_same_weights(tmp_path, mon
     tower, shallow = ([r for r in log if r["stage"] == name and "step" in r] for name in ("tower", "shallow"))
     assert tower[-1]["colour"] < 0.9 * tower[0]["colour"]
     assert tower[-1]["whole"] < tower[0]["whole"]
+    assert tower[-1]["words"] < tower[0]["words"]
     for name in ("answer", "value"):
         assert shallow[-1][name] < 0.9 * shallow[0][name], name
     assert [r["looking"] > 0 for r in log if "looking" in r] == [True] * 3
