@@ -124,7 +124,13 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
             embeddings = asked[i]
             scores: Any = None
             if case.selection in SELECTIONS:
-                scores = selection_scores(case.selection, row, side, vision.image_size)
+                # Boxes are in pixels of the picture, which is square, whatever the model makes of it.
+                scores = selection_scores(case.selection, row, side, pictures[0].width)
+                if case.profile is not None and case.profile.before is not None:
+                    # Chosen before the decoder: each question has an image of its own.
+                    prompt = chat_prompt(processor, row.prompt, len(pictures))
+                    embeddings, spans, _ = reference.embed(prompt, pictures, case.budget, scores)
+                    scores = shared = None
             elif case.selection == EARLIER:
                 scores = reference.prefill(asked[earlier[i]], spans, case.budget, shared=shared).scores
             state = reference.prefill(embeddings, spans, case.budget, scores, shared)

@@ -11,10 +11,11 @@ from tqdm import tqdm
 from eos_search.accuracy import chance
 from eos_search.accuracy_page import accuracy_page, margins_table
 from eos_search.answerers import Case, ReferenceAnswerer, ServerAnswerer
+from eos_search.discrimination import with_both_means
 from eos_search.evaluation import cases, evaluate, key, table
 from eos_search.raw import fingerprint, plain, read_earlier, read_result, weights_digest, write_raw
 from eos_search.selection import EARLIER, rows_before
-from eos_vllm.cluttervqa import SPLITS, Row, export, read_rows
+from eos_vllm.cluttervqa import SPLITS, VERSIONS, Row, export, read_rows, version_of
 from eos_vllm.core.budget import parse_budget
 from eos_vllm.core.errors import EosError
 
@@ -30,6 +31,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--budgets", default=BUDGETS, help="comma-separated, or 'own' (default: %(default)s)")
     parser.add_argument("--model", default=None, help="model directory (default: the embedded model)")
     parser.add_argument("--rows", type=Path, default=None, help="JSONL of questions instead of ClutterVQA")
+    parser.add_argument(
+        "--benchmark-version", type=int, choices=tuple(VERSIONS), default=1, help="of ClutterVQA (default: %(default)s)"
+    )
     parser.add_argument("--split", choices=SPLITS, default="test", help="split of ClutterVQA (default: %(default)s)")
     parser.add_argument("--images", type=int, default=200, help="images of it (default: %(default)s)")
     parser.add_argument("--per-kind", type=int, default=None, help="at most so many questions of each kind")
@@ -52,7 +56,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates, or draws what was evaluated."""
     check(args)
-    result = read_result(args.table) if args.table else measure(args)
+    result = read_result(args.table) if args.table else measure(args, named_cases(args))
+    if result.get("benchmark", {}).get("version", 1) > 1:
+        result = with_both_means(result)
     if args.against and args.against not in {case["profile"] for case in result["cases"] if case["budget"]}:
         raise EosError("--against", args.against, "is not among the cases with a budget", "name one of the profiles")
     kinds = list(result["cases"][0]["accuracy"])
@@ -86,18 +92,25 @@ def check(args: argparse.Namespace) -> None:
         raise EosError("--model", args.model, "is no directory", "name a model's directory")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the evaluation that the arguments describe; what its file held of other profiles stays in it."""
+def named_cases(args: argparse.Namespace) -> list[Case]:
+    """Every profile at every budget that the arguments name."""
+    budgets = [None] if args.budgets == "own" else [parse_budget(b, "--budgets") for b in args.budgets.split(",")]
+    return cases([name.strip() for name in args.profiles.split(",")], budgets)
+
+
+def measure(args: argparse.Namespace, wanted: Sequence[Case]) -> dict[str, Any]:
+    """Runs the evaluation that the arguments describe; what its file held of other cases stays in it."""
     from eos_vllm.models import embedded
     from eos_vllm.provenance import provenance
 
-    budgets = [None] if args.budgets == "own" else [parse_budget(b, "--budgets") for b in args.budgets.split(",")]
-    wanted = cases([name.strip() for name in args.profiles.split(",")], budgets)
     with tempfile.TemporaryDirectory(prefix="eos-rows-") as folder:
-        file = args.rows or export(Path(folder) / "rows", args.split, args.images)
+        version = version_of(args.benchmark_version)
+        file = args.rows or export(Path(folder) / "rows", args.split, args.images, version=version.number)
         rows = limit(read_rows(file), args.per_kind)
         check_rows(rows, wanted, str(file))
-        source = {"source": args.rows.name} if args.rows else {"source": f"ClutterVQA {args.split}"}
+        source: dict[str, Any] = {"source": args.rows.name if args.rows else f"{version.title} {args.split}"}
+        if not args.rows and version.number > 1:
+            source["version"] = version.number
         result: dict[str, Any] = {
             "provenance": provenance(seed=0),
             "through": "server" if args.base_url else "reference",

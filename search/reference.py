@@ -114,7 +114,11 @@ class ReferenceModel:
 
     @torch.no_grad()
     def embed(
-        self, prompt: str, images: Sequence[Image.Image], budget: RetainBudget | None = None
+        self,
+        prompt: str,
+        images: Sequence[Image.Image],
+        budget: RetainBudget | None = None,
+        scores: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[ImageSpan], torch.Tensor]:
         """Turns a prompt into what enters decoder layer 0.
 
@@ -122,6 +126,7 @@ class ReferenceModel:
             prompt: text with one ``<image>`` for each image.
             images: the images.
             budget: this request's retain budget; a reducer before the decoder needs it here already.
+            scores: ``[patches]``, whose highest that reducer keeps in place of its selector's choice.
 
         Returns:
             Embeddings ``[tokens, d]``, image spans, token ids ``[tokens]``.
@@ -132,7 +137,7 @@ class ReferenceModel:
             return (*embed_inputs(self.model, ids, inputs.get("pixel_values")), ids)
         profile, keep = self.planner.profile, self.planner.image_tokens(budget)
         pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-        tokens = entering_tokens(self.model, pixels, profile, keep)
+        tokens = entering_tokens(self.model, pixels, profile, keep, scores)
         visual = ids == self.model.config.image_token_id
         # Of each image the first K placeholders stay.
         ids = ids[~visual | ((visual.cumsum(dim=0) - 1) % profile.model.visual_tokens < keep)]

@@ -49,11 +49,12 @@ def selection_scores(selection: str, row: Row, side: int, pixels: int, seed: int
     """Scores of the patches of a row's image, ``[side * side]`` float32.
 
     ``random`` ranks them by lot, the same for every budget and every question about an image. ``oracle`` puts objects
-    first, each from its middle outwards and all in turns, then the background by lot; it knows nothing of the question.
+    first, each from its middle outwards and all in turns, then the background by lot; it knows nothing of the question,
+    unless the row says which objects that needs: then those, and all else by lot.
 
     Args:
         selection: one of ``SELECTIONS``.
-        row: the question; its boxes say where the objects are.
+        row: the question; its boxes say where the objects are, and which of them it needs.
         side: patches on a side.
         pixels: pixels on a side.
         seed: another seed gives another lot.
@@ -64,8 +65,10 @@ def selection_scores(selection: str, row: Row, side: int, pixels: int, seed: int
         return scores
     axis = (torch.arange(side) + 0.5) * pixels / side
     y, x = axis[:, None], axis[None, :]
-    for left, top, right, bottom in row.boxes:
-        inside = (x > left) & (x < right) & (y > top) & (y < bottom)
+    # What is needed is in every patch that shows a part of it; else a patch is an object's by its middle.
+    boxes, edge = (row.boxes, 0.0) if row.needs is None else (row.needs, pixels / side / 2)
+    for left, top, right, bottom in boxes:
+        inside = (x > left - edge) & (x < right + edge) & (y > top - edge) & (y < bottom + edge)
         away = torch.maximum((x - (left + right) / 2).abs(), (y - (top + bottom) / 2).abs()) / (right - left)
         scores[inside.flatten()] = (2 - away + 1e-3 * scores.view(side, side)).flatten()[inside.flatten()]
     return scores

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from eos_vllm.core.budget import image_size
-from eos_vllm.core.preselection import preselect, shrink_pixels
+from eos_vllm.core.importance import top_k
+from eos_vllm.core.preselection import combine, preselect, shrink_pixels
 from eos_vllm.core.profile import Profile
-from eos_vllm.core.selectors import LAST, QueriesAndKeys, Selector, TowerOutput
+from eos_vllm.core.selectors import LAST, Choice, QueriesAndKeys, Selector, TowerOutput
 from eos_vllm.core.selectors.resize import Resize
 
 
@@ -46,8 +47,13 @@ def tower_output(model: Any, pixels: torch.Tensor, selector: Selector) -> TowerO
 
 
 @torch.no_grad()
-def entering_tokens(model: Any, pixels: torch.Tensor, profile: Profile, keep: int) -> list[torch.Tensor]:
-    """Visual tokens of each image that enter the decoder ``[K, d]`` each, by the profile's reducer before it."""
+def entering_tokens(
+    model: Any, pixels: torch.Tensor, profile: Profile, keep: int, scores: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Visual tokens of each image that enter the decoder ``[K, d]`` each, by the profile's reducer before it.
+
+    With ``scores`` ``[N]`` the highest are kept in place of the selector's choice.
+    """
     assert profile.before is not None
     assert profile.selector is not None
     selector = profile.selector
@@ -58,5 +64,9 @@ def entering_tokens(model: Any, pixels: torch.Tensor, profile: Profile, keep: in
     found = []
     for image in pixels:
         seen = tower_output(model, image[None], selector)
-        found.append(preselect(seen, selector, profile.params_of(profile.before), keep)[0])
+        params = profile.params_of(profile.before)
+        if scores is None or keep >= seen.total:
+            found.append(preselect(seen, selector, params, keep)[0])
+        else:
+            found.append(combine(seen, Choice(top_k(scores[None], keep)), selector, params)[0])
     return found

@@ -1,13 +1,14 @@
 """Samples of ClutterVQA by split and index, their export as PNG and JSONL, and how replies are marked.
 
-A sample's scene and pixels depend on its split, index and window only, its questions also on ``questions`` and
-``kinds``: splits never share a seed, machines agree byte for byte, and any number of processes may share the work.
+A sample's scene and pixels depend on its version, split, index and window only, its questions also on ``questions`` and
+``kinds``: splits and versions never share a seed, machines agree byte for byte, and any number of processes may share
+the work.
 """
 
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eos_vllm.cluttervqa.questions import KINDS, Question, ask
-from eos_vllm.cluttervqa.scene import FRAME_CELLS, Scene, make_scene, paint
+from eos_vllm.cluttervqa.questions import Question, ask
+from eos_vllm.cluttervqa.scene import FRAME_CELLS, Object, Scene
+from eos_vllm.cluttervqa.versions import version_of
 from eos_vllm.core.errors import EosError
 
 SPLITS = ("train", "validation", "test")
@@ -28,12 +30,16 @@ _BOX = "left, top, right, bottom with right above left and bottom above top"
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its questions; ``pixels`` is RGB ``[96, 96, 3]`` uint8 (less for a smaller window)."""
+    """One image with its questions.
+
+    ``pixels`` is RGB uint8, ``[96, 96, 3]`` in version 1, ``[336, 336, 3]`` in version 2, less for a smaller window.
+    """
 
     name: str
     pixels: np.ndarray
     scene: Scene
     questions: tuple[Question, ...]
+    version: int = 1
 
     @property
     def image(self) -> Image.Image:
@@ -43,7 +49,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of an exported JSONL; ``boxes`` are left, top, right, bottom in pixels, of all objects."""
+    """One line of an exported JSONL; boxes are left, top, right, bottom in pixels.
+
+    ``boxes`` are those of all objects, ``needs`` those of the objects that the answer rests on; None: not known.
+    """
 
     id: str
     kind: str
@@ -53,32 +62,43 @@ class Row:
     boxes: tuple[tuple[float, float, float, float], ...]
     form: str = ""
     choices: int = 0
+    needs: tuple[tuple[float, float, float, float], ...] | None = None
 
 
 def make_sample(
-    split: str, index: int, questions: int = len(KINDS), cells: int = FRAME_CELLS, kinds: tuple[str, ...] = KINDS
+    split: str,
+    index: int,
+    questions: int | None = None,
+    cells: int = FRAME_CELLS,
+    kinds: tuple[str, ...] | None = None,
+    version: int = 1,
 ) -> Sample:
     """The sample number ``index`` of a split.
 
     Args:
         split: one of ``SPLITS``.
         index: 0 or more.
-        questions: questions wanted; their kinds take turns in ``kinds``. A scene may admit fewer.
+        questions: questions wanted, one of each kind where None; their kinds take turns in ``kinds``. A scene may admit
+            fewer.
         cells: side of the window in cells, 4 for the whole frame.
-        kinds: kinds to ask about; a kind may stand there more than once.
+        kinds: kinds to ask about; a kind may stand there more than once. All of the version's where None.
+        version: of the benchmark.
 
     Raises:
-        EosError: unknown split or kind.
+        EosError: unknown split, kind or version.
     """
     _check_split(split)
+    drawn = version_of(version)
+    kinds = drawn.kinds if kinds is None else kinds
     for kind in kinds:
-        if kind not in KINDS:
-            raise EosError("kinds", kind, "is unknown", f"choose from {', '.join(KINDS)}")
-    numbers = random.Random(f"cluttervqa/{split}/{index}/{cells}")
-    scene = make_scene(numbers, cells)
-    pixels = paint(scene, numbers)
-    asked = ask(scene, numbers, [kinds[i % len(kinds)] for i in range(questions)])
-    return Sample(f"{split}-{index:06d}", pixels, scene, tuple(asked))
+        if kind not in drawn.kinds:
+            raise EosError("kinds", kind, "is unknown", f"choose from {', '.join(drawn.kinds)}")
+    numbers = random.Random(f"{drawn.seed}/{split}/{index}/{cells}")
+    scene = drawn.draw(numbers, cells)
+    pixels = drawn.paint(scene, numbers)
+    wanted = [kinds[i % len(kinds)] for i in range(len(drawn.kinds) if questions is None else questions)]
+    asked = ask(scene, numbers, wanted, drawn.generators)
+    return Sample(f"{split}-{index:06d}", pixels, scene, tuple(asked), version)
 
 
 def _check_split(split: str) -> None:
@@ -86,9 +106,9 @@ def _check_split(split: str) -> None:
         raise EosError("split", split, "is unknown", f"choose one of {', '.join(SPLITS)}")
 
 
-def samples(split: str, count: int, questions: int = len(KINDS), start: int = 0) -> Iterator[Sample]:
-    """``count`` samples of a split, from number ``start``."""
-    return (make_sample(split, index, questions) for index in range(start, start + count))
+def samples(split: str, count: int, questions: int | None = None, start: int = 0, version: int = 1) -> Iterator[Sample]:
+    """``count`` samples of a split, from number ``start``; ``questions`` and ``version`` as in :func:`make_sample`."""
+    return (make_sample(split, index, questions, version=version) for index in range(start, start + count))
 
 
 def is_right(reply: str, answer: str) -> bool:
@@ -108,14 +128,24 @@ def rows_of(sample: Sample) -> list[dict]:
             "answer": question.answer,
             "choices": question.choices,
             "image_files": [image],
-            "boxes": [list(thing.box) for thing in sample.scene.objects],
+            "boxes": _boxes(sample.scene.objects),
         }
+        | ({} if sample.version == 1 else {"needs": _boxes(question.needs)})
         for number, question in enumerate(sample.questions)
     ]
 
 
+def _boxes(things: Sequence[Object]) -> list[list[int]]:
+    return [list(thing.box) for thing in things]
+
+
 def export(
-    folder: str | Path, split: str = "test", images: int = 100, questions: int = len(KINDS), processes: int = 1
+    folder: str | Path,
+    split: str = "test",
+    images: int = 100,
+    questions: int | None = None,
+    processes: int = 1,
+    version: int = 1,
 ) -> Path:
     """Writes ``images/*.png`` and ``<split>.jsonl`` to a new or empty folder and returns the JSONL's path.
 
@@ -123,15 +153,17 @@ def export(
         folder: where to.
         split: one of ``SPLITS``.
         images: how many, from the split's first.
-        questions: questions per image.
+        questions: questions per image; one of each kind where None.
         processes: processes that share the work; the bytes written don't depend on it.
+        version: of the benchmark.
 
     Raises:
-        EosError: unknown split, or a folder that is a file, holds anything or cannot be created.
+        EosError: unknown split or version, or a folder that is a file, holds anything or cannot be created.
     """
     _check_split(split)
+    version_of(version)
     path = _make_folder(Path(folder))
-    make = partial(_write_sample, path, split, questions)
+    make = partial(_write_sample, path, split, questions, version)
     if processes > 1:
         with ProcessPoolExecutor(processes) as pool:
             written = list(pool.map(make, range(images), chunksize=64))
@@ -153,8 +185,8 @@ def _make_folder(path: Path) -> Path:
     return path
 
 
-def _write_sample(path: Path, split: str, questions: int, index: int) -> list[dict]:
-    sample = make_sample(split, index, questions)
+def _write_sample(path: Path, split: str, questions: int | None, version: int, index: int) -> list[dict]:
+    sample = make_sample(split, index, questions, version=version)
     rows = rows_of(sample)
     sample.image.save(path / f"images/{index:06d}.png", compress_level=1)
     return rows
@@ -193,8 +225,10 @@ def _row(folder: Path, number: int, data: Any) -> Row:
     files, boxes = data["image_files"], data.get("boxes", [])
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         raise TypeError("image_files is no list of strings")
-    if not isinstance(boxes, list) or not all(map(_is_box, boxes)):
-        raise TypeError(f"boxes is no list of {_BOX}")
+    needs = data.get("needs")
+    for name, value in (("boxes", boxes), ("needs", [] if needs is None else needs)):
+        if not isinstance(value, list) or not all(map(_is_box, value)):
+            raise TypeError(f"{name} is no list of {_BOX}")
     return Row(
         id=str(data.get("id", number)),
         kind=str(data.get("kind", "question")),
@@ -204,6 +238,7 @@ def _row(folder: Path, number: int, data: Any) -> Row:
         boxes=tuple((left, top, right, bottom) for left, top, right, bottom in boxes),
         form=str(data.get("form", "")),
         choices=int(data.get("choices", 0)),
+        needs=None if needs is None else tuple((left, top, right, bottom) for left, top, right, bottom in needs),
     )
 
 

@@ -5,11 +5,13 @@ MME, relation GQA and MMBench, reading TextVQA and OCRBench, choice MMBench and 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from eos_vllm.cluttervqa.glyphs import DIGITS, LETTERS, SHAPES, TYPES
 from eos_vllm.cluttervqa.scene import COLOUR_NAMES, PATCH, Object, Scene
+from eos_vllm.cluttervqa.small import Thing
 
 KINDS = ("presence", "attribute", "counting", "relation", "reading", "choice")
 OPTIONS = "ABCD"
@@ -29,6 +31,8 @@ class Question:
         choices: how many answers the form admits; chance is one in so many.
         value: what is to be seen; other than ``answer`` only where that is an option's letter.
         about: the objects that the question names.
+        needs: version 2: the objects whose patches the answer rests on; all, where it rests on what is not there.
+        names: version 2: the words of the text that name an object, and which.
     """
 
     kind: str
@@ -38,21 +42,31 @@ class Question:
     choices: int
     value: str
     about: tuple[Object, ...]
+    needs: tuple[Thing, ...] = ()
+    names: tuple[tuple[str, Thing], ...] = ()
 
 
-def ask(scene: Scene, numbers: random.Random, kinds: list[str]) -> list[Question]:
+Generator = Callable[[Any, random.Random], Question | None]
+"""Draws one question about a scene, or none where the scene does not admit the draw."""
+
+
+def ask(
+    scene: Scene, numbers: random.Random, kinds: list[str], generators: Mapping[str, Generator] | None = None
+) -> list[Question]:
     """Asks one question of each wanted kind where the scene admits one; none stands twice.
 
     Args:
         scene: what is asked about.
         numbers: source of randomness.
         kinds: wanted kinds, repeats allowed.
+        generators: by kind; those of version 1 where None.
     """
+    generators = generators or _ASK
     asked: list[Question] = []
     texts: set[str] = set()
     for kind in kinds:
         for _ in range(_TRIES):
-            question = _ASK[kind](scene, numbers)
+            question = generators[kind](scene, numbers)
             if question is not None and question.text not in texts:
                 asked.append(question)
                 texts.add(question.text)
@@ -164,7 +178,7 @@ def _choice(scene: Scene, numbers: random.Random) -> Question | None:
     return Question("choice", basis.form, text, letter, len(OPTIONS), basis.answer, basis.about)
 
 
-_ASK: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+_ASK: dict[str, Generator] = {
     "presence": _presence,
     "attribute": _attribute,
     "counting": _counting,

@@ -134,12 +134,22 @@ def paint(scene: Scene, numbers: random.Random) -> np.ndarray:
         canvas[y : y + extent, x : x + extent] = COLOURS[numbers.choice(COLOUR_NAMES)]
     for thing in scene.objects:
         y, x = thing.top - scene.origin[0] * CELL, thing.left - scene.origin[1] * CELL
-        shade = [value + numbers.randrange(-_COLOUR_JITTER, _COLOUR_JITTER + 1) for value in COLOURS[thing.colour]]
+        shade = shade_of(thing.colour, numbers)
         box = canvas[y : y + thing.size, x : x + thing.size]
         if thing.category != "shape":
             box //= 2  # glyphs stand on a dark plate, as signs do
         box[mask(thing.kind, thing.size)] = shade
-    noise = np.frombuffer(numbers.randbytes(side * side * 3), np.uint8).reshape(side, side, 3)
+    return add_noise(canvas, numbers)
+
+
+def shade_of(colour: str, numbers: random.Random) -> list[int]:
+    """Red, green and blue of one object of a colour: no two are of quite the same shade."""
+    return [value + numbers.randrange(-_COLOUR_JITTER, _COLOUR_JITTER + 1) for value in COLOURS[colour]]
+
+
+def add_noise(canvas: np.ndarray, numbers: random.Random) -> np.ndarray:
+    """``canvas`` ``[height, width, 3]`` int16 with noise of -16 to 15 in every value, as uint8."""
+    noise = np.frombuffer(numbers.randbytes(canvas.size), np.uint8).reshape(canvas.shape)
     return np.clip(canvas + (noise.astype(np.int16) // 8 - 16), 0, 255).astype(np.uint8)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from eos_search.training.checkpoint import write_model
-from eos_search.training.train import Run, settings
+from eos_search.training.recipe import CLUTTER1, RECIPES, recipe_of, settings
+from eos_search.training.train import Run
 from eos_vllm.core.errors import EosError
 from eos_vllm.models.model_files import prepare_directory
 from eos_vllm.provenance import provenance
@@ -18,6 +19,7 @@ from eos_vllm.provenance import provenance
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m eos_search.training", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="new or empty directory for the model")
+    parser.add_argument("--recipe", default=CLUTTER1.name, help=f"{', '.join(RECIPES)} (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path(".cache/embedded-model"), help="checkpoints and log")
     parser.add_argument("--record", type=Path, default=None, help="file for provenance, settings, times and log")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -29,8 +31,9 @@ def main() -> int:
         torch.set_float32_matmul_precision("high")
     origin = provenance(seed=args.seed, device=args.device, threads=torch.get_num_threads())
     try:
+        recipe = recipe_of(args.recipe)
         prepare_directory(args.out)
-        run = Run(args.work, device_of(args.device), args.seed)
+        run = Run(args.work, device_of(args.device), args.seed, recipe)
         if run.begin(origin):
             print(f"going on from {run.checkpoint}: stage {run.stage}, step {run.step}", flush=True)
         try:
@@ -38,12 +41,13 @@ def main() -> int:
         except KeyboardInterrupt:
             print(f"\nstopped; the same command goes on from {run.checkpoint}", file=sys.stderr)
             return 130
-        write_model(run.trainee.model, args.out)
+        write_model(run.trainee.model, args.out, recipe)
     except EosError as error:
         print(f"eos-vllm training: {error}", file=sys.stderr)
         return 2
     if args.record:
         record = {
+            "recipe": recipe.name,
             "provenance": run.origins[0],
             "resumed": [other["git"] for other in run.origins[1:]],
             "stages": settings(run.stages),

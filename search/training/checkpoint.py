@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from eos_vllm.cluttervqa import WORDS
+from eos_search.training.recipe import CLUTTER1, Recipe
 from eos_vllm.core.errors import EosError
-from eos_vllm.models.embedded import SHAPE
 from eos_vllm.models.model_files import write_model_files
 from eos_vllm.models.tiny import tensor_shapes
 
@@ -28,21 +27,21 @@ def published_name(name: str) -> str:
     return name
 
 
-def write_model(model: Any, directory: Path) -> None:
-    """Writes every file of the embedded model to an existing directory.
+def write_model(model: Any, directory: Path, recipe: Recipe = CLUTTER1) -> None:
+    """Writes every file of a model of a recipe to an existing directory.
 
     Raises:
-        RuntimeError: the model has other tensors than the shape says.
+        RuntimeError: the model has other tensors than the recipe's shape says.
         EosError: a weight is no finite number in float16.
     """
     tensors = {published_name(name): value.to(torch.float16) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if found != tensor_shapes(SHAPE):
-        odd = sorted(found.items() ^ tensor_shapes(SHAPE).items())[0]
-        raise RuntimeError(f"the trained model is not of the embedded shape: {odd}")
+    found, wanted = {name: tuple(value.shape) for name, value in tensors.items()}, tensor_shapes(recipe.shape)
+    if found != wanted:
+        odd = sorted(found.items() ^ wanted.items())[0]
+        raise RuntimeError(f"the trained model is not of the recipe's shape: {odd}")
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise EosError("weights", name, "hold what float16 cannot", "train again with a lower rate")
-    write_model_files(SHAPE, directory, WORDS)
+    write_model_files(recipe.shape, directory, recipe.benchmark.words)
     contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
     (directory / "model.safetensors").write_bytes(save(contiguous, metadata={"format": "pt"}))

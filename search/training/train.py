@@ -8,17 +8,17 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from eos_search.training.batches import QUESTIONS, Batch, Part, collate, loader
-from eos_search.training.network import SHALLOW, Trainee, build, grow
-from eos_vllm.cluttervqa import KINDS, make_sample
+from eos_search.training.batches import QUESTIONS, Batch, collate, loader
+from eos_search.training.growth import build, grow
+from eos_search.training.network import Trainee
+from eos_search.training.recipe import CLUTTER1, Recipe, Stage, settings
+from eos_vllm.cluttervqa import make_sample
 from eos_vllm.core.errors import EosError
 
 _WARM_UP = 60
@@ -27,44 +27,24 @@ _CHECKPOINT_EVERY = 100
 _VALIDATION_IMAGES = 96
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage: depth of the language model (0 trains the tower alone), what a step sees, and how fast it learns.
-
-    ``blind`` is the share of steps in which text does not see the image in the first layers.
-    """
-
-    name: str
-    layers: int
-    steps: int
-    rate: float
-    final_rate: float
-    parts: tuple[Part, ...]
-    blind: float = 0.0
-    clip: float = 1.0
-
-
-STAGES = (
-    Stage("tower", 0, 600, 3e-3, 5e-4, (Part(2, 48, False),)),
-    Stage("shallow", SHALLOW, 2200, 1.5e-3, 5e-4, (Part(2, 20),)),
-    Stage("grown", 8, 400, 1.3e-3, 8e-4, (Part(2, 14), Part(3, 5), Part(2, 8, False)), 0.4, 2.0),
-    Stage("full", 8, 900, 1.1e-3, 1e-5, (Part(2, 12), Part(4, 7)), 0.4, 2.0),
-)
-
-
 class Run:
     """State of a training run: model, stage, step, and where it is kept."""
 
-    def __init__(self, folder: Path, device: torch.device, seed: int, stages: Sequence[Stage] = STAGES) -> None:
-        self.folder, self.device, self.seed, self.stages = folder, device, seed, tuple(stages)
+    def __init__(self, folder: Path, device: torch.device, seed: int, recipe: Recipe = CLUTTER1) -> None:
+        self.folder, self.device, self.seed, self.recipe = folder, device, seed, recipe
         self.stage = self.step = 0
         self.seconds: dict[str, float] = {}
         # What made the weights: the revisions under which it ran, the first one first.
         self.origins: list[dict[str, Any]] = []
         torch.manual_seed(seed)
-        self.trainee = Trainee(build(SHALLOW)).to(device)
+        self.trainee = Trainee(build(recipe.shallow, recipe), recipe=recipe).to(device)
         self.optimizer = self._optimizer()
         folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The recipe's."""
+        return self.recipe.stages
 
     @property
     def checkpoint(self) -> Path:
@@ -83,7 +63,7 @@ class Run:
             origin: provenance of this process, which runs the code that is loaded now.
 
         Raises:
-            EosError: the checkpoint cannot be read, or is of another seed or other stages.
+            EosError: the checkpoint cannot be read, or is of another seed, another recipe or other stages.
         """
         self.origins = [origin]
         if not self.checkpoint.exists():
@@ -91,12 +71,13 @@ class Run:
             return False
         try:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            held = {name: state[name] for name in ("seed", "stages")}
+            held = {name: state[name] for name in ("seed", "recipe", "stages")}
             origins = json.loads(state["origins"])
         except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
             problem = f"cannot be gone on from ({type(error).__name__})"
             raise EosError("checkpoint", str(self.checkpoint), problem, "remove it to train from nothing") from error
-        for name, value in (("seed", self.seed), ("stages", json.dumps(settings(self.stages)))):
+        wanted = {"seed": self.seed, "recipe": self.recipe.name, "stages": json.dumps(settings(self.stages))}
+        for name, value in wanted.items():
             if held[name] != value:
                 problem = f"holds a training of other {name}"
                 raise EosError("checkpoint", str(self.checkpoint), problem, "remove it to train from nothing")
@@ -104,7 +85,7 @@ class Run:
         self.origins = [*origins, origin]
         self._cut_log()
         if state["depth"] != self.trainee.depth:
-            self.trainee = Trainee(grow(self.trainee.model), self.trainee.heads).to(self.device)
+            self._grow()
         self.trainee.load_state_dict(state["trainee"])
         self.optimizer = self._optimizer()
         if state["optimizer"] is not None:
@@ -128,6 +109,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "seed": self.seed,
+            "recipe": self.recipe.name,
             "stages": json.dumps(settings(self.stages)),
             "origins": json.dumps(self.origins),
             "depth": self.trainee.depth,
@@ -143,13 +125,17 @@ class Run:
             stage = self.stages[self.stage]
             if stage.layers > self.trainee.depth:
                 torch.manual_seed(self.seed + 1)
-                self.trainee = Trainee(grow(self.trainee.model), self.trainee.heads).to(self.device)
+                self._grow()
             if self.step == 0:
                 self.optimizer = self._optimizer()
             self._train_stage(stage)
             self.stage, self.step = self.stage + 1, 0
             self.save()
             self.save(self.folder / f"after-{stage.name}.pt")
+
+    def _grow(self) -> None:
+        model = grow(self.trainee.model, self.recipe)
+        self.trainee = Trainee(model, self.trainee.heads, self.recipe).to(self.device)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         matrices = [p for p in self.trainee.parameters() if p.ndim > 1]
@@ -159,9 +145,10 @@ class Run:
 
     def _train_stage(self, stage: Stage) -> None:
         bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, smoothing=0.05)
-        meter = Meter()
+        meter = Meter(self.recipe.benchmark.kinds)
         begun = time.monotonic() - self.seconds.get(stage.name, 0.0)
-        for parts in loader(self.stage, stage.parts, self.step, stage.steps):
+        recipe = self.recipe
+        for parts in loader(self.stage, stage.parts, self.step, stage.steps, recipe.mix, recipe.version):
             self._one_step(stage, [part.to(self.device) for part in parts], meter)
             self.seconds[stage.name] = time.monotonic() - begun
             bar.update()
@@ -175,6 +162,8 @@ class Run:
         bar.close()
         if stage.layers:
             self._log({"stage": stage.name, "validation": validate(self.trainee, self.device)})
+        if self.recipe.pointers:
+            self._log({"stage": stage.name, "looking": round(looking(self.trainee, self.device), 2)})
 
     def _one_step(self, stage: Stage, parts: list[Batch], meter: "Meter") -> None:
         for group in self.optimizer.param_groups:
@@ -183,9 +172,10 @@ class Run:
         blind = (self.step * 0.6180339887) % 1.0 < stage.blind
         asking = sum(part.images for part in stage.parts if part.questions)
         everything = sum(part.images for part in stage.parts)
-        for part, batch in zip(stage.parts, parts, strict=True):
+        for number, (part, batch) in enumerate(zip(stage.parts, parts, strict=True)):
             questions = part.questions and stage.layers > 0
-            losses, right = self.trainee(batch, questions, blind)
+            thinning = self.recipe.thinning(stage, self.step, number) if questions else None
+            losses, right = self.trainee(batch, questions, blind, thinning)
             share = {name: part.images / (everything if name in _TOWER_LOSSES else asking) for name in losses}
             torch.stack([share[name] * loss for name, loss in losses.items()]).sum().backward()
             meter.add({name: share[name] * loss.detach() for name, loss in losses.items()}, batch, right)
@@ -202,17 +192,18 @@ class Run:
             tqdm.write(f"{record['stage']}: " + ", ".join(f"{k} {v:.3f}" for k, v in record["validation"].items()))
 
 
-_TOWER_LOSSES = ("colour", "kind", "middle", "place")
+_TOWER_LOSSES = ("colour", "kind", "order", "middle", "place", "words", "whole")
 
 
 class Meter:
     """Mean losses, and accuracy per kind, since it was last read."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: tuple[str, ...]) -> None:
         self.steps = 0
+        self.kinds = kinds
         self._losses: dict[str, torch.Tensor] = {}
-        self._right = torch.zeros(len(KINDS))
-        self._asked = torch.zeros(len(KINDS))
+        self._right = torch.zeros(len(kinds))
+        self._asked = torch.zeros(len(kinds))
 
     def add(self, losses: dict[str, torch.Tensor], batch: Batch, right: torch.Tensor | None) -> None:
         """Adds one part of a step."""
@@ -226,10 +217,10 @@ class Meter:
     def flush(self) -> dict[str, float]:
         """The means, by name of loss and of kind; starts anew."""
         found = {name: round(float(loss) / max(self.steps, 1), 4) for name, loss in self._losses.items()}
-        for kind, right, asked in zip(KINDS, self._right.tolist(), self._asked.tolist(), strict=True):
+        for kind, right, asked in zip(self.kinds, self._right.tolist(), self._asked.tolist(), strict=True):
             if asked:
                 found[kind] = round(right / asked, 4)
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.kinds)  # type: ignore[misc]
         return found
 
 
@@ -244,15 +235,20 @@ def rate(stage: Stage, step: int) -> float:
 @torch.no_grad()
 def validate(trainee: Trainee, device: torch.device, images: int = _VALIDATION_IMAGES) -> dict[str, float]:
     """Accuracy per kind on whole frames of the validation split, and their mean."""
-    meter = Meter()
+    version = trainee.recipe.version
+    meter = Meter(trainee.recipe.benchmark.kinds)
     for start in range(0, images, 8):
-        batch = collate([make_sample("validation", i, QUESTIONS) for i in range(start, min(start + 8, images))])
+        numbers = range(start, min(start + 8, images))
+        batch = collate([make_sample("validation", i, QUESTIONS, version=version) for i in numbers])
         batch = batch.to(device)
         meter.add({}, batch, trainee(batch)[1])
     found = meter.flush()
     return found | {"mean": sum(found.values()) / len(found)}
 
 
-def settings(stages: Sequence[Stage] = STAGES) -> list[dict[str, Any]]:
-    """The stages as plain data, for the model card and raw results."""
-    return [asdict(stage) for stage in stages]
+def looking(trainee: Trainee, device: torch.device, images: int = 16) -> float:
+    """:meth:`Trainee.looking` on whole frames of the validation split."""
+    version = trainee.recipe.version
+    return trainee.looking(
+        collate([make_sample("validation", i, 1, version=version) for i in range(images)]).to(device)
+    )

@@ -6,12 +6,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eos_search.training.batches import QUESTIONS, collate
 from eos_search.training.checkpoint import published_name, write_model
-from eos_search.training.network import DEPTH, PLACES, SHALLOW, Trainee, attention_masks, build, grow
+from eos_search.training.growth import build, grow
+from eos_search.training.masks import attention_masks
+from eos_search.training.network import Trainee
+from eos_search.training.recipe import CLUTTER1
 from eos_search.training.train import validate
 from eos_vllm.cluttervqa import KINDS, make_sample
 from eos_vllm.models import embedded
 from eos_vllm.models.embedded import SHAPE
 from eos_vllm.models.tiny import tensor_shapes
+
+DEPTH, PLACES, SHALLOW = CLUTTER1.depth, CLUTTER1.places, CLUTTER1.shallow
 
 
 @pytest.fixture(scope="module")

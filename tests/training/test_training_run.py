@@ -1,6 +1,7 @@
 """A training run in small: it learns, stops, and goes on to the very same weights."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 
 from eos_search.training import train
 from eos_search.training.__main__ import main
-from eos_search.training.batches import Part
-from eos_search.training.train import Run, Stage, rate
+from eos_search.training.recipe import CLUTTER1, RECIPES, Part, Stage
+from eos_search.training.train import Run, rate
 from eos_vllm.core.errors import EosError
 
 STAGES = (
@@ -17,6 +18,7 @@ STAGES = (
     Stage("shallow", 4, 3, 1e-3, 5e-4, (Part(2, 2),)),
     Stage("full", 8, 4, 1e-3, 1e-5, (Part(2, 2), Part(2, 1, False)), 0.5),
 )
+RECIPE = replace(CLUTTER1, stages=STAGES)
 CPU = torch.device("cpu")
 
 
@@ -30,10 +32,10 @@ def weights(run):
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    whole = Run(tmp_path / "whole", CPU, 0, STAGES)
+    whole = Run(tmp_path / "whole", CPU, 0, RECIPE)
     whole.train()
     monkeypatch.setattr(train, "_CHECKPOINT_EVERY", 2)
-    broken = Run(tmp_path / "broken", CPU, 0, STAGES)
+    broken = Run(tmp_path / "broken", CPU, 0, RECIPE)
     assert not broken.begin({"git": "first"})
     step = broken._one_step
 
@@ -45,7 +47,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     broken._one_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         broken.train()
-    again = Run(tmp_path / "broken", CPU, 0, STAGES)
+    again = Run(tmp_path / "broken", CPU, 0, RECIPE)
     assert again.begin({"git": "second"})
     assert again.origins == [{"git": "first"}, {"git": "second"}]
     assert (again.stage, again.step) == (2, 2)
@@ -56,7 +58,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
 def test_losses_fall(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_LOG_EVERY", 5)
-    Run(tmp_path, CPU, 0, (Stage("tower", 0, 40, 3e-3, 1e-3, (Part(2, 8, False),)),)).train()
+    stages = (Stage("tower", 0, 40, 3e-3, 1e-3, (Part(2, 8, False),)),)
+    Run(tmp_path, CPU, 0, replace(CLUTTER1, stages=stages)).train()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["colour"] < 0.8 * log[0]["colour"]
     assert log[-1]["place"] < 0.5 * log[0]["place"]
@@ -73,7 +76,7 @@ def test_the_rate_warms_up_and_decays():
 
 
 def test_the_command_writes_the_model_and_its_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Run.__init__, "__defaults__", (STAGES,))
+    monkeypatch.setitem(RECIPES, "clutter1", RECIPE)
     out, record = tmp_path / "model", tmp_path / "record.json"
     arguments = ["--out", str(out), "--work", str(tmp_path / "work"), "--record", str(record), "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["training", *arguments])
@@ -88,24 +91,24 @@ def test_the_command_writes_the_model_and_its_record(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
-    run = Run(tmp_path, CPU, 0, STAGES)
+    run = Run(tmp_path, CPU, 0, RECIPE)
     run.save()
     with pytest.raises(EosError, match="of other seed"):
-        Run(tmp_path, CPU, 1, STAGES).begin({})
+        Run(tmp_path, CPU, 1, RECIPE).begin({})
     with pytest.raises(EosError, match="of other stages"):
-        Run(tmp_path, CPU, 0, STAGES[:2]).begin({})
+        Run(tmp_path, CPU, 0, replace(RECIPE, stages=STAGES[:2])).begin({})
     run.checkpoint.write_bytes(b"no checkpoint")
     with pytest.raises(EosError, match="cannot be gone on from"):
-        Run(tmp_path, CPU, 0, STAGES).begin({})
+        Run(tmp_path, CPU, 0, RECIPE).begin({})
 
 
 def test_the_log_of_steps_that_are_done_again_is_dropped(tmp_path):
-    run = Run(tmp_path, CPU, 0, STAGES)
+    run = Run(tmp_path, CPU, 0, RECIPE)
     run.stage, run.step = 1, 2
     run.save()
     records = [{"stage": "tower", "step": 3}, {"stage": "shallow", "step": 2}, {"stage": "shallow", "step": 3}]
     run.log.write_text("".join(json.dumps(record) + "\n" for record in records))
-    again = Run(tmp_path, CPU, 0, STAGES)
+    again = Run(tmp_path, CPU, 0, RECIPE)
     again.begin({})
     assert [json.loads(line) for line in again.log.read_text().splitlines()] == records[:2]
 
