@@ -9,7 +9,7 @@ import torch
 
 from eos_vllm.models.images import sample_image
 from eos_vllm.models.tiny import write_tiny_model
-from support.alone import answers_alone, asks_of, assert_same
+from support.alone import answers_alone, asks_of, assert_same, assert_same_traces, traces_of
 from support.engines import Answer, Ask, answer_all, engine, free_blocks, params_of, prompt_of
 from support.profiles import make_profile
 
@@ -36,18 +36,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers of one plain engine, and what its reducers did."""
-    with engine(model, PROFILE) as llm:
+def alone(model: Path) -> tuple[list[Answer], dict[str, Any], list[dict[str, Any]]]:
+    """Answers of one plain engine, what its reducers did, and its traces."""
+    with engine(model, PROFILE, page=True) as llm:
+        traces = traces_of(llm, asks_of(*ASKS))
         answers = answer_all(llm, asks_of(*ASKS))
-        return answers, llm.collective_rpc("eos_report")[0]
+        return answers, llm.collective_rpc("eos_report")[0], traces
 
 
 def test_tensor_parallel(model: Path, alone: Any, tmp_path: Path) -> None:
-    """Both ranks keep the same tokens as one rank does."""
-    variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    run = answers_alone(tmp_path, model, PROFILE, ASKS, variables, tensor_parallel_size=2, max_num_batched_tokens=2048)
+    """Both ranks keep the same tokens as one rank does, and say so once."""
+    settings: dict[str, Any] = {"tensor_parallel_size": 2, "max_num_batched_tokens": 2048, "page": True}
+    run = answers_alone(tmp_path, model, PROFILE, ASKS, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **settings)
     assert_same(run.answers, alone[0])
+    assert_same_traces(run.facts["traces"], alone[2])
     assert len(run.reports) == 2
     for report in run.reports:
         assert report["tokens_kept"] == alone[1]["tokens_kept"]
@@ -56,10 +58,10 @@ def test_tensor_parallel(model: Path, alone: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("partition", ["4,4", "3,5"], ids=["behind-a-reducer", "within-a-segment"])
 def test_pipeline_parallel(model: Path, alone: Any, tmp_path: Path, partition: str) -> None:
     variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_PP_LAYER_PARTITION": partition}
-    run = answers_alone(
-        tmp_path, model, PROFILE, ASKS, variables, pipeline_parallel_size=2, max_num_batched_tokens=2048
-    )
+    settings: dict[str, Any] = {"pipeline_parallel_size": 2, "max_num_batched_tokens": 2048, "page": True}
+    run = answers_alone(tmp_path, model, PROFILE, ASKS, variables, **settings)
     assert_same(run.answers, alone[0])
+    assert_same_traces(run.facts["traces"], alone[2])
     assert [report["rehearsal"].split(":")[0] for report in run.reports] == ["passed"] * 2
     kept = [sum(counts) for counts in zip(*(report["tokens_kept"] for report in run.reports), strict=True)]
     assert kept == alone[1]["tokens_kept"]
@@ -73,8 +75,10 @@ def test_pipeline_parallel(model: Path, alone: Any, tmp_path: Path, partition: s
 def test_before_the_decoder_on_two_ranks(model: Path, tmp_path: Path, sizes: dict[str, int]) -> None:
     """Each rank scores with its own heads of the tower, and both choose the same patches."""
     variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    run = answers_alone(tmp_path, model, BEFORE, ASKS, variables, max_num_batched_tokens=2048, **sizes)
-    with engine(model, BEFORE) as llm:
+    settings: dict[str, Any] = {"max_num_batched_tokens": 2048, "page": True}
+    run = answers_alone(tmp_path, model, BEFORE, ASKS, variables, **settings, **sizes)
+    with engine(model, BEFORE, page=True) as llm:
+        assert_same_traces(run.facts["traces"], traces_of(llm, asks_of(*ASKS)))
         assert_same(run.answers, answer_all(llm, asks_of(*ASKS)))
 
 

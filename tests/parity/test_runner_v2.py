@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from eos_vllm.models.tiny import write_tiny_model
-from support.alone import answers_alone, asks_of, assert_same
+from support.alone import answers_alone, asks_of, assert_same, assert_same_traces, traces_of
 from support.engines import answer_all, engine
 from support.profiles import make_profile
 from support.runner_v2 import environment, is_wanted
@@ -27,10 +27,11 @@ TESTS = Path(__file__).parents[1]
 
 def test_answers_are_those_of_v1(tiny_model: Path, tmp_path: Path) -> None:
     asks = 9, 10
-    run = answers_alone(tmp_path, tiny_model, PROFILE, asks, environment())
+    run = answers_alone(tmp_path, tiny_model, PROFILE, asks, environment(), page=True)
     assert run.reports[0]["runner"].endswith("cpu.model_runner.CPUModelRunner")
     assert run.reports[0]["asynchronous"]
-    with engine(tiny_model, PROFILE) as llm:
+    with engine(tiny_model, PROFILE, page=True) as llm:
+        assert_same_traces(run.facts["traces"], traces_of(llm, asks_of(*asks)))
         assert_same(run.answers, answer_all(llm, asks_of(*asks)))
 
 
@@ -38,11 +39,11 @@ def test_pipeline_parallel(tmp_path: Path) -> None:
     """Only the first stage has an encoder cache; both rehearse."""
     model = write_tiny_model(tmp_path / "even", vision_attention_heads=4)
     variables = environment() | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    run = answers_alone(
-        tmp_path, model, PROFILE, (5, 8), variables, pipeline_parallel_size=2, max_num_batched_tokens=2048
-    )
+    settings: dict[str, Any] = {"pipeline_parallel_size": 2, "max_num_batched_tokens": 2048, "page": True}
+    run = answers_alone(tmp_path, model, PROFILE, (5, 8), variables, **settings)
     assert [report["rehearsal"].split(":")[0] for report in run.reports] == ["passed"] * 2
-    with engine(model, PROFILE) as llm:
+    with engine(model, PROFILE, page=True) as llm:
+        assert_same_traces(run.facts["traces"], traces_of(llm, asks_of(5, 8)))
         assert_same(run.answers, answer_all(llm, asks_of(5, 8)))
 
 

@@ -72,7 +72,7 @@ def hold_places(image: ImageTrace, picture: Image.Image, newlines: tuple[int, ..
 
 
 @pytest.mark.parametrize("name", REDUCERS)
-@pytest.mark.parametrize("which", ["llava-llama", "llava-next", "qwen2.5-vl"])
+@pytest.mark.parametrize("which", ["llava-llama", "llava-next", "llava-onevision", "qwen2.5-vl", "qwen3-vl"])
 def test_kept_and_places(which: str, name: str, tmp_path: Path) -> None:
     family, selects = FAMILIES[which], name == "before"
     profile = profile_of(family, name)

@@ -20,7 +20,7 @@ from support.profiles import make_profile
 pytestmark = pytest.mark.serving
 PROFILE = make_profile(operator_values={"gamma": 0.2, "tau": 0.3, "theta": 0.1, "rho": 0.4, "nu": 0.2})
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
-FLAGS += ["--served-model-name", "tiny", "--data-parallel-size", "2"]
+FLAGS += ["--served-model-name", "tiny", "--data-parallel-size", "2", "--eos-page"]
 REQUESTS = 24
 
 
@@ -98,3 +98,30 @@ def test_either_server_tells_of_all_workers(server: Server) -> None:
             assert worker["done"] == worker["planned"]
             assert worker["done"]["images"] == images[str(engine["engine"])]
     assert sum(answer["front_end"]["requests"] for answer in found.values()) == REQUESTS
+
+
+def test_traces_by_either_server(server: Server) -> None:
+    """A trace lies in the engine that answered; each API server asks both."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    counts = Planner(PROFILE, block=32).counts()
+
+    def traced(i: int) -> str:
+        image = {"type": "image_url", "image_url": {"url": to_data_url(sample_image(600 + i))}}
+        content: list[Any] = [image, {"type": "text", "text": "What?"}]
+        return client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": content}],
+            max_tokens=4,
+            extra_body={"vllm_xargs": {"eos_trace": True}},
+        ).id
+
+    before = figures(server, "eos_images_total")
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        names = list(pool.map(traced, range(12)))
+    after = figures(server, "eos_images_total")
+    assert min(after[engine] - before[engine] for engine in after) > 0
+    for name in names:  # a new connection each time: some of them reach the other API server
+        trace = json.loads(server.text(f"/eos/trace/{name}"))
+        assert trace["id"] == name
+        (image,) = trace["images"]
+        assert [len(reducer["kept"]) for reducer in image["reducers"]] == list(counts)

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from eos_vllm.core.profile import Profile, parse_profile
 from support.engines import Answer, Ask, BlockWatch, answer_all, engine, free_blocks, mixed_asks, scheduler_of
 from support.runner_v2 import allow_asynchronous_scheduling, is_wanted
@@ -90,6 +92,32 @@ def assert_same(got: list[Answer], want: list[Answer], bound: float = 1e-4) -> N
             assert abs(value - theirs.first_logprobs.get(token, value)) <= bound, f"request {i}"
 
 
+def traces_of(llm: Any, asks: list[Ask]) -> list[dict[str, Any]]:
+    """Traces of requests, asked beforehand; what they leave in the prefix cache is dropped."""
+    traces = [trace.model_dump() for _, trace in answer_traced(llm, asks)]
+    llm.reset_prefix_cache()
+    return traces
+
+
+def assert_same_traces(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
+    """To the index; scores and shares within rounding, for ranks sum in another order."""
+    assert len(got) == len(want) > 0
+    for ours, theirs in zip(got, want, strict=True):
+        assert [_indices(image) for image in ours["images"]] == [_indices(image) for image in theirs["images"]]
+        for image, other in zip(ours["images"], theirs["images"], strict=True):
+            for reducer, same in zip(image["reducers"], other["reducers"], strict=True):
+                for field in ("importance", "share"):
+                    assert (reducer[field] is None) == (same[field] is None)
+                    if same[field] is not None:
+                        assert reducer[field] == pytest.approx(same[field], rel=1e-3, abs=1e-5)
+        rest = ("id", "budget", "hit_tokens", "segments")
+        assert [ours[field] for field in rest] == [theirs[field] for field in rest]
+
+
+def _indices(image: dict[str, Any]) -> list[Any]:
+    return [(r["layer"], r["entered"], r["kept"], r["assigned"]) for r in image["reducers"]]
+
+
 def main(file: Path) -> None:
     """Does what ``file`` says."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -100,8 +128,7 @@ def main(file: Path) -> None:
     with engine(task["model"], profile, **task["settings"]) as llm:
         traces = []
         if task["settings"].get("page"):
-            traces = [trace.model_dump() for _, trace in answer_traced(llm, asks_of(*task["asks"]))]
-            llm.reset_prefix_cache()
+            traces = traces_of(llm, asks_of(*task["asks"]))
         free = free_blocks(llm)
         with BlockWatch(scheduler_of(llm)) as watch:
             answers = [asdict(answer) for answer in answer_all(llm, asks_of(*task["asks"]))]
