@@ -36,7 +36,7 @@ BASE, SAME, TRACED = (name for name, _, _ in CASES)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="embedded", choices=sorted(PRESETS))
-    parser.add_argument("--rounds", type=int, default=400, help="of all cases, in random order (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=420, help="of all cases, in random order (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=600, help="begin no round after these (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--table", type=Path, default=None, help="print the table of this result, and measure nothing")
@@ -79,7 +79,7 @@ def measure(model: Path, rounds: int, seconds: float) -> dict[str, Any]:
         page: LLM(str(model), **settings, additional_config={"eos": {"profile": profile.to_dict(), "page": page}})
         for page in (False, True)
     }
-    found: dict[str, Any] = {"wall": {}, "cpu": {}, "read_seconds": []}
+    found: dict[str, Any] = {"wall": {}, "cpu": {}, "read_seconds": [], "rss_mib": []}
     order, until = random.Random(0), time.monotonic() + seconds
     for number in range(rounds + 2):
         if number >= 5 and time.monotonic() > until:  # three rounds at least
@@ -93,7 +93,15 @@ def measure(model: Path, rounds: int, seconds: float) -> dict[str, Any]:
             found["cpu"].setdefault(name, []).append(cpu)
             if traced:
                 found["read_seconds"].append(spent)
+        if number >= 2:
+            found["rss_mib"].append(resident_mib())
     return found
+
+
+def resident_mib() -> float:
+    """Memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20), 2)
 
 
 def answer(llm: Any, traced: bool) -> tuple[float, float, list[str]]:
@@ -152,7 +160,17 @@ def table(result: dict[str, Any]) -> str:
     traced = result["over_not_traced"][TRACED]
     reading = 1000 * statistics.median(result["read_seconds"]) / REQUESTS
     lines += ["", f"Traced over not traced, one engine: wall {shown(traced['wall'])}, CPU {shown(traced['cpu'])}."]
-    return "\n".join([*lines, "", f"Reading a trace afterwards: {reading:.2f} ms."])
+    lines += ["", f"Reading a trace afterwards: {reading:.2f} ms."]
+    if rss := result["rss_mib"]:
+        fifth = len(rss) // 5
+        traced_in_all = REQUESTS * len(rss)
+        lines += [
+            "",
+            f"Memory over {traced_in_all} traced requests, mean of each fifth in MiB: "
+            + ", ".join(f"{statistics.mean(rss[k * fifth : (k + 1) * fifth]):.1f}" for k in range(5))
+            + ".",
+        ]
+    return "\n".join(lines)
 
 
 def shown(ratio: dict[str, float]) -> str:
