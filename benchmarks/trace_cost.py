@@ -1,6 +1,6 @@
 """What traces cost: 24 requests at once, in an engine without the page, with it, and with every request traced.
 
-    python benchmarks/trace_cost.py --out results/trace-cost.json      # five minutes
+    python benchmarks/trace_cost.py --out results/trace-cost.json      # ten minutes
     python benchmarks/trace_cost.py --table results/trace-cost.json
 
 Two engines in one process answer the same requests in turn, each time with empty prefix caches. The model is small, so
@@ -30,13 +30,13 @@ PROFILE = "sparsevlm-v2-llava-1.5-7b"
 REQUESTS, TOKENS = 24, 16
 # Name, whether its engine has the page, whether its requests are traced.
 CASES = (("no page", False, False), ("page, not traced", True, False), ("page, all traced", True, True))
-BASE = CASES[0][0]
+BASE, SAME, TRACED = (name for name, _, _ in CASES)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="embedded", choices=sorted(PRESETS))
-    parser.add_argument("--rounds", type=int, default=60, help="of all cases, in random order (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=420, help="of all cases, in random order (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=600, help="begin no round after these (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--table", type=Path, default=None, help="print the table of this result, and measure nothing")
@@ -52,7 +52,9 @@ def main() -> int:
         model = write_tiny_model(Path(folder) / "model", shape=PRESETS[args.preset])
         measured = measure(model, args.rounds, args.seconds)
     result = {"provenance": provenance(seed=0), "settings": settings, **measured}
-    result["over_no_page"] = ratios(result)
+    result["over_no_page"] = ratios(result, BASE)
+    # One engine: what its place in memory is worth against the other one's is no part of this.
+    result["over_not_traced"] = {TRACED: ratios(result, SAME)[TRACED]}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
@@ -77,7 +79,7 @@ def measure(model: Path, rounds: int, seconds: float) -> dict[str, Any]:
         page: LLM(str(model), **settings, additional_config={"eos": {"profile": profile.to_dict(), "page": page}})
         for page in (False, True)
     }
-    found: dict[str, Any] = {"wall": {}, "cpu": {}, "read_seconds": []}
+    found: dict[str, Any] = {"wall": {}, "cpu": {}, "read_seconds": [], "rss_mib": []}
     order, until = random.Random(0), time.monotonic() + seconds
     for number in range(rounds + 2):
         if number >= 5 and time.monotonic() > until:  # three rounds at least
@@ -91,7 +93,15 @@ def measure(model: Path, rounds: int, seconds: float) -> dict[str, Any]:
             found["cpu"].setdefault(name, []).append(cpu)
             if traced:
                 found["read_seconds"].append(spent)
+        if number >= 2:
+            found["rss_mib"].append(resident_mib())
     return found
+
+
+def resident_mib() -> float:
+    """Memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20), 2)
 
 
 def answer(llm: Any, traced: bool) -> tuple[float, float, list[str]]:
@@ -125,11 +135,11 @@ def read(llm: Any, names: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def ratios(result: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Geometric mean of each case over the engine without the page, with its 95 % interval over rounds."""
+def ratios(result: dict[str, Any], over: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Geometric mean of each case over the case ``over``, with its 95 % interval over rounds."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for clock in ("wall", "cpu"):
-        base = result[clock][BASE]
+        base = result[clock][over]
         for name, values in result[clock].items():
             logs = [math.log(ours / theirs) for ours, theirs in zip(values, base, strict=True)]
             mean, wide = statistics.mean(logs), 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
@@ -144,12 +154,28 @@ def table(result: dict[str, Any]) -> str:
     for name, _, _ in CASES:
         cells = [name]
         for clock in ("wall", "cpu"):
-            over = result["over_no_page"][name][clock]
-            ratio = f"{over['ratio']:.4f} ({over['low']:.4f} to {over['high']:.4f})"
+            ratio = shown(result["over_no_page"][name][clock])
             cells += [f"{statistics.median(result[clock][name]):.3f}", "" if name == BASE else ratio]
         lines.append(f"| {' | '.join(cells)} |")
+    traced = result["over_not_traced"][TRACED]
     reading = 1000 * statistics.median(result["read_seconds"]) / REQUESTS
-    return "\n".join(lines) + f"\n\nReading a trace afterwards: {reading:.2f} ms."
+    lines += ["", f"Traced over not traced, one engine: wall {shown(traced['wall'])}, CPU {shown(traced['cpu'])}."]
+    lines += ["", f"Reading a trace afterwards: {reading:.2f} ms."]
+    if rss := result["rss_mib"]:
+        fifth = len(rss) // 5
+        traced_in_all = REQUESTS * len(rss)
+        lines += [
+            "",
+            f"Memory over {traced_in_all} traced requests, mean of each fifth in MiB: "
+            + ", ".join(f"{statistics.mean(rss[k * fifth : (k + 1) * fifth]):.1f}" for k in range(5))
+            + ".",
+        ]
+    return "\n".join(lines)
+
+
+def shown(ratio: dict[str, float]) -> str:
+    """With its interval."""
+    return f"{ratio['ratio']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f})"
 
 
 if __name__ == "__main__":
