@@ -117,10 +117,11 @@ class Recorder:
         """
         if not self.stores:
             return
+        acts = params.gamma != 0 and chosen.shape[1] < rows.shape[1]
         for place, number in enumerate(group.numbers):
             if (known := self.images.get(number)) is not None:
                 name, image = known
-                held = _hold(hidden[rows[place]], chosen[place], scores[place], params)
+                held = _hold(chosen[place], scores[place], params, hidden[rows[place]] if acts else None)
                 self.reductions.setdefault(name, {})[image, reducer] = held
 
     def selected(
@@ -147,13 +148,14 @@ class Recorder:
         scores = None if selector.score_name == "uniform" else selector.saliency(tower)
         if not self.stores:
             return
+        acts = not selector.mixes and params.gamma != 0 and kept.shape[1] < tower.projected.shape[1]
         for name, key in wanted:
             place = keys.index(key)
             held = _hold(
-                tower.projected[place],
                 kept[place],
                 None if scores is None else scores[place],
-                None if selector.mixes else params,
+                params,
+                tower.projected[place] if acts else None,
             )
             self.selections.setdefault(name, {})[key] = held
 
@@ -188,18 +190,18 @@ class Recorder:
 
 
 def _hold(
-    tokens: torch.Tensor, chosen: torch.Tensor, scores: torch.Tensor | None, params: OperatorParams | None
+    chosen: torch.Tensor, scores: torch.Tensor | None, params: OperatorParams, tokens: torch.Tensor | None
 ) -> _Held:
     """Copies of one image's part: views would hold the whole batch's.
 
     Args:
-        tokens: what entered ``[N, d]``.
         chosen: ``[K]``.
         scores: ``[N]``.
-        params: the operator; None where none acts.
+        params: the operator.
+        tokens: what entered ``[N, d]``; None where discarded tokens act on none.
     """
     share = assigned = None
-    if params is not None and params.gamma != 0 and len(chosen) < len(tokens):
+    if tokens is not None:
         gone = complement(chosen.unsqueeze(0), len(tokens))[0]
         values = F.normalize(tokens.float(), dim=-1)
         best, assigned = (values[gone] @ values[chosen].mT).max(dim=-1)

@@ -40,6 +40,7 @@ class Entry:
     request_id: str
     outline: Outline
     keys: tuple[ImageKey, ...]
+    plan: RequestPlan
     images_end: int
     size: int
     seen: bool = False
@@ -119,7 +120,7 @@ class TraceBook:
             return
         del self.active[request.request_id]
         entry.finished = True
-        entry.outline.segments = self._segments(request)
+        entry.outline.segments = self._segments(request, entry.plan)
         if request.num_preemptions:
             # It may have come back behind an image that others had cached meanwhile, which nobody reduced for it.
             for image in entry.outline.images:
@@ -147,7 +148,7 @@ class TraceBook:
             key=lambda feature: feature.mm_position.offset,
         )
         prompt = request.prompt_token_ids or ()
-        plan = plan_of_features(self.planner, prompt, request.mm_features, params)
+        held = plan = plan_of_features(self.planner, prompt, request.mm_features, params)
         spans = plan.spans
         if len(spans) != len(features):  # nothing is planned where prompt log-probabilities are asked for
             plan, spans = RequestPlan(len(prompt), (), ()), tuple(image_spans(features))
@@ -179,13 +180,10 @@ class TraceBook:
             images=images,
         )
         size = sum(_IMAGE_BYTES + _BYTES * len(profile.reducers) * image.tokens for image in images)
-        return Entry(request.request_id, outline, tuple(keys), spans[-1].end if spans else 0, size)
+        return Entry(request.request_id, outline, tuple(keys), held, spans[-1].end if spans else 0, size)
 
-    def _segments(self, request: Request) -> list[SegmentTrace]:
+    def _segments(self, request: Request, plan: RequestPlan) -> list[SegmentTrace]:
         profile, name = self.planner.profile, request.request_id
-        plan = plan_of_features(
-            self.planner, request.prompt_token_ids or (), request.mm_features, request.sampling_params
-        )
         blocks = [0] * profile.num_segments
         for manager in self.managers:
             blocks[getattr(manager.kv_cache_spec, "segment", 0)] += len(manager.req_to_blocks.get(name, ()))

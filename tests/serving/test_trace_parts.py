@@ -153,7 +153,7 @@ def test_shares_and_assignments_by_the_letter() -> None:
     torch.manual_seed(0)
     tokens, chosen = torch.randn(9, 5, dtype=torch.float64), torch.tensor([1, 4, 8])
     params = OperatorParams(0.5, 0.1, 0.2, 0.0, 0.0, gate_sharpness=7.0)
-    held = _hold(tokens, chosen, torch.arange(9.0), params)
+    held = _hold(chosen, torch.arange(9.0), params, tokens)
     gates, goes = [], []
     for place in range(9):
         if place in (1, 4, 8):
@@ -165,14 +165,14 @@ def test_shares_and_assignments_by_the_letter() -> None:
     assert record.assigned == goes
     assert record.share == pytest.approx(sum(gates) / 6, abs=1e-5)
     assert record.importance == [float(n) for n in range(9)]
-    pruned = _hold(tokens, chosen, None, OperatorParams(0.0, 0.1, 0.2, 0.0, 0.0)).to_record(0, 2)
+    pruned = _hold(chosen, None, params, None).to_record(0, 2)
     assert (pruned.share, pruned.assigned, pruned.importance) == (None, None, None)
 
 
 def test_copies_hold_no_batch() -> None:
     """A view would keep scores of all images of a step."""
     scores, chosen = torch.rand(8, 600), torch.arange(64).expand(8, 64).contiguous()
-    held = _hold(torch.rand(600, 4), chosen[3], scores[3], OperatorParams(0.3, 0.1, 0.0, 0.0, 0.0))
+    held = _hold(chosen[3], scores[3], OperatorParams(0.3, 0.1, 0.0, 0.0, 0.0), torch.rand(600, 4))
     for tensor in (held.chosen, held.importance, held.assigned):
         assert tensor is not None
         assert tensor.untyped_storage().nbytes() == 4 * tensor.numel()
