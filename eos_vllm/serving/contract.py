@@ -109,6 +109,8 @@ _COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _LLAVA = "vllm.model_executor.models.llava"
+_CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
+_COMPLETION = "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
 _ATTENTION = "vllm.model_executor.layers.attention:Attention"
 
 RELIANCES: dict[Process, tuple[Reliance, ...]] = {
@@ -129,6 +131,8 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Takes("vllm.plugins:load_endpoint_plugins", ("supported_tasks",)),
         Takes("vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware.verify_token", ("headers",)),
         Takes("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method",)),
+        Takes(f"{_CHAT}.chat_completion_stream_generator", ("self", "result_generator")),
+        Takes(f"{_COMPLETION}.completion_stream_generator", ("self", "result_generator")),
         Takes("vllm.v1.engine.async_llm:AsyncLLM._add_request", ("request",)),
         Takes("vllm.v1.engine.async_llm:AsyncLLM.get_num_queued_tokens", ("self",)),
         Takes("vllm.v1.engine.async_llm:AsyncLLM.check_admission", ("self", "n", "request_id")),

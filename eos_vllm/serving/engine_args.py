@@ -388,6 +388,10 @@ def _install(vllm_config: Any) -> None:
     install_stat_logger()
     install_admission()
     install_endpoints(has_page(vllm_config))
+    if vllm_config.additional_config[KEY].get("elastic"):
+        from eos_vllm.serving.streamed_budget import install_streamed_budget
+
+        install_streamed_budget()
 
 
 def _check_selection(vllm_config: Any) -> None:

@@ -1,4 +1,4 @@
-"""``GET /eos/trace/{id}`` of a real server, by the id that a client sees."""
+"""What a real server tells a client of its request: ``GET /eos/trace/{id}``, and the budget that was chosen for it."""
 
 import json
 import urllib.error
@@ -20,6 +20,7 @@ PROFILE = make_profile()
 KEY = "right-key"
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
 FLAGS += ["--served-model-name", "tiny", "--block-size", "32", "--api-key", KEY, "--eos-page"]
+FLAGS += ["--eos-elastic", "32:256"]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +37,14 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
 
 
-def ask(client: openai.OpenAI, seed: int, wish: Any, **more: Any) -> Any:
+def ask(client: openai.OpenAI, seed: int, wish: Any, budget: int | None = 32, **more: Any) -> Any:
     image = {"type": "image_url", "image_url": {"url": to_data_url(sample_image(seed))}}
     content: list[Any] = [image, {"type": "text", "text": "What?"}]
     return client.chat.completions.create(
         model="tiny",
         messages=[{"role": "user", "content": content}],
         max_tokens=4,
-        extra_body={"vllm_xargs": {"eos_trace": wish, "eos_retain": 32}},
+        extra_body={"vllm_xargs": {"eos_trace": wish} | ({} if budget is None else {"eos_retain": budget})},
         **more,
     )
 
@@ -85,3 +86,21 @@ def test_what_holds_no_trace(client: openai.OpenAI, server: Server) -> None:
 def test_the_route_is_documented(server: Server) -> None:
     paths = json.loads(server.text("/openapi.json"))["paths"]
     assert set(paths["/eos/trace/{trace_id}"]["get"]["responses"]) >= {"200", "401", "404", "503"}
+
+
+def test_the_chosen_budget_is_told(client: openai.OpenAI, server: Server) -> None:
+    """In full answers, in streams that ask for usage, and in the trace."""
+    whole = ask(client, 5, True, None)
+    assert whole.kv_transfer_params == {"eos_retain": 256}
+    assert get(server, whole.id)[1]["budget"] == "256"
+    chunks = list(ask(client, 6, False, None, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].kv_transfer_params == {"eos_retain": 256}
+    assert chunks[-1].usage.completion_tokens == 4
+    assert not any(hasattr(chunk, "kv_transfer_params") for chunk in chunks[:-1])
+    for more in ({}, {"stream_options": {"include_usage": True}}):  # nobody asked; the request's own budget
+        chunks = list(ask(client, 7, False, 32 if more else None, stream=True, **more))
+        assert not any(hasattr(chunk, "kv_transfer_params") for chunk in chunks)
+    texts = client.completions.create(
+        model="tiny", prompt="Hello", max_tokens=4, stream=True, stream_options={"include_usage": True}
+    )
+    assert not any(hasattr(chunk, "kv_transfer_params") for chunk in texts)  # no image, no budget
