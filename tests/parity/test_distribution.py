@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(model: Path) -> tuple[list[Answer], dict[str, Any], list[dict[str, Any]]]:
     """Answers of one plain engine, what its reducers did, and its traces."""
     with engine(model, PROFILE, page=True) as llm:
-        traces = traces_of(llm, asks_of(*ASKS))
+        traces = traces_of(llm)
         answers = answer_all(llm, asks_of(*ASKS))
         return answers, llm.collective_rpc("eos_report")[0], traces
 
@@ -78,7 +78,7 @@ def test_before_the_decoder_on_two_ranks(model: Path, tmp_path: Path, sizes: dic
     settings: dict[str, Any] = {"max_num_batched_tokens": 2048, "page": True}
     run = answers_alone(tmp_path, model, BEFORE, ASKS, variables, **settings, **sizes)
     with engine(model, BEFORE, page=True) as llm:
-        assert_same_traces(run.facts["traces"], traces_of(llm, asks_of(*ASKS)))
+        assert_same_traces(run.facts["traces"], traces_of(llm))
         assert_same(run.answers, answer_all(llm, asks_of(*ASKS)))
 
 

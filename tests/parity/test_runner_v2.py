@@ -31,7 +31,7 @@ def test_answers_are_those_of_v1(tiny_model: Path, tmp_path: Path) -> None:
     assert run.reports[0]["runner"].endswith("cpu.model_runner.CPUModelRunner")
     assert run.reports[0]["asynchronous"]
     with engine(tiny_model, PROFILE, page=True) as llm:
-        assert_same_traces(run.facts["traces"], traces_of(llm, asks_of(*asks)))
+        assert_same_traces(run.facts["traces"], traces_of(llm))
         assert_same(run.answers, answer_all(llm, asks_of(*asks)))
 
 
@@ -43,7 +43,7 @@ def test_pipeline_parallel(tmp_path: Path) -> None:
     run = answers_alone(tmp_path, model, PROFILE, (5, 8), variables, **settings)
     assert [report["rehearsal"].split(":")[0] for report in run.reports] == ["passed"] * 2
     with engine(model, PROFILE, page=True) as llm:
-        assert_same_traces(run.facts["traces"], traces_of(llm, asks_of(5, 8)))
+        assert_same_traces(run.facts["traces"], traces_of(llm))
         assert_same(run.answers, answer_all(llm, asks_of(5, 8)))
 
 
