@@ -3,7 +3,7 @@
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from eos_vllm.core.plan import Planner
 from eos_vllm.core.profile import Profile
 from eos_vllm.models import embedded
 from eos_vllm.models.geometry import geometry
+from loadtests.commands import add_option
 from loadtests.records import Record
-from loadtests.settings import at_least_one
+from loadtests.settings import above_zero, at_least_one
 from loadtests.store import Store
 from loadtests.subjects import Subject, fitted_profile, profile_title
 
@@ -53,9 +54,7 @@ class Options:
         for name in ("repeats", "questions"):
             at_least_one(name, getattr(self, name))
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                remedy = f"give {getattr(Options, name):g}"
-                raise SettingError(name, getattr(self, name), "it must be above 0", remedy)
+            above_zero(name, getattr(self, name), f"give {getattr(Options, name):g}")
         if not self.multiples or min(self.multiples) <= 0 or len(set(self.multiples)) < len(self.multiples):
             raise SettingError("multiples", self.multiples, "they must be above 0, each once", "e.g. 0.5,1,2")
         for part in self.elastic.split(":"):
@@ -93,13 +92,9 @@ class Options:
             "questions": "that the embedded model is asked at each budget",
             "seed": "of all draws",
         }
-        for f in fields(Options):
-            default = ",".join(f"{m:g}" for m in Options.multiples) if f.name == "multiples" else f.default
-            kind: Any = str if default is None else type(default)
-            flag = "--" + f.name.replace("_", "-")
-            if isinstance(f.default, Path):
-                kind = Path
-            parser.add_argument(flag, type=kind, default=default, help=f"{texts[f.name]} (default: %(default)s)")
+        for name, text in texts.items():
+            multiples = ",".join(f"{m:g}" for m in Options.multiples)
+            add_option(parser, name, multiples if name == "multiples" else getattr(Options, name), text)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Options":
