@@ -1,7 +1,5 @@
 """Estimators of "how much": against differences of the hard loss, and blind to what changes no count."""
 
-import copy
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from search_cases import VISUAL, make_example, make_row, make_rules, make_settings, make_theta
+from search_cases import VISUAL, make_rules, make_settings, make_theta
 
 from eos_search.counts import neighbours, soft_counts
 from eos_search.estimators.base import KEEP_NAMES, KeepEstimator
@@ -32,7 +30,6 @@ from eos_search.theta import KINDS, Theta, ThetaValues
 from eos_vllm.core.budget import kept_counts
 from eos_vllm.core.errors import SettingError
 
-Small = tuple[Any, Any]
 Exact = tuple[Any, Prepared]
 OBJECTIVE = Objective(6, 3, VISUAL, (2, 3, 5), lambda_align=0.5)
 SHARES = st.lists(st.floats(0.05, 0.95), min_size=3, max_size=3)
@@ -46,24 +43,6 @@ class Nothing:
 
     def slopes(self, run: Run, row: int, loss: Callable[[int, int], float]) -> torch.Tensor | None:
         return None
-
-
-@pytest.fixture
-def exact(small: Small, monkeypatch: pytest.MonkeyPatch) -> Exact:
-    """The model and an example in float64, with nothing on the way rounded to float32."""
-    model = copy.deepcopy(small[0]).double()
-    example = make_example(small, make_row(4), make_rules())
-    example = replace(example, embeddings=example.embeddings.double(), weights=example.weights.double())
-
-    def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + module.variance_epsilon)
-        return module.weight * hidden * scale
-
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = functools.partial(norm, module)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    return model, example
 
 
 def terms(
