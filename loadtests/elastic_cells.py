@@ -19,7 +19,7 @@ from loadtests.store import Store
 from loadtests.subjects import Subject, fitted_profile, profile_title
 
 STOCK, ELASTIC = "stock", "elastic"
-UNLOADED, CAPACITY = "calibration/unloaded", "calibration/capacity"
+UNLOADED, CAPACITY = "unloaded", "capacity"
 # A budget that keeps every visual token of the embedded model.
 ALL = 576
 _POSITIVE = ("seconds", "ramp", "minutes", "slo_scale", "capacity_seconds")
@@ -137,6 +137,11 @@ def cells_of(options: Options) -> list[Cell]:
     return cells
 
 
+def calibration(name: str, repeat: int) -> str:
+    """Key of what stock was measured at before a repeat: a machine may be slower in another hour."""
+    return f"calibration/{name}" + (f"/r{repeat}" if repeat > 1 else "")
+
+
 @dataclass(frozen=True)
 class Limits:
     """Stock's capacity in requests/s, and what a good request keeps: seconds from due to first and last token."""
@@ -146,19 +151,21 @@ class Limits:
     total: float
 
     @classmethod
-    def of(cls, store: Store, scale: float) -> "Limits":
-        """From the measured calibration; ``scale`` times stock's medians without load.
+    def of(cls, store: Store, scale: float, repeat: int = 1) -> "Limits":
+        """From the calibration of a repeat; ``scale`` times stock's medians without load.
 
         Raises:
             SettingError: it is not measured.
         """
-        cells = {cell["key"]: cell for cell in store.cells() if cell["key"] in (UNLOADED, CAPACITY)}
-        for key in (UNLOADED, CAPACITY):
-            if key not in cells:
+        keys = calibration(UNLOADED, repeat), calibration(CAPACITY, repeat)
+        for key in keys:
+            if not store.has(key):
                 raise SettingError("results", store.folder.name, f"{key} is missing", "let the sweep run first")
-        loaded = _window(cells[CAPACITY])
-        client = cells[CAPACITY]["client"]["window"]
-        alone = [r for r in _window(cells[UNLOADED]) if not r.starter]
+        cells = {cell["key"]: cell for cell in store.cells() if cell["key"] in keys}
+        unloaded, capacity = (cells[key] for key in keys)
+        loaded = _window(capacity)
+        client = capacity["client"]["window"]
+        alone = [r for r in _window(unloaded) if not r.starter]
         return cls(
             capacity=len(loaded) / (client["closed"] - client["opened"]),
             ttft=scale * statistics.median(r.ttft for r in alone if r.ttft is not None),
