@@ -129,8 +129,8 @@ several-questions: setup
 
 # Selectors and profiles at equal cost, accuracy and speed, and their page; goes on where it was stopped (an hour, quiet).
 equal-cost: setup
-	$(BIN)/python benchmarks/equal_cost.py --out results/equal-cost.json
-	$(BIN)/python benchmarks/equal_cost.py --table results/equal-cost.json --page docs/equal-cost.md
+	$(BIN)/python -m benchmarks.equal_cost --out results/equal-cost.json
+	$(BIN)/python -m benchmarks.equal_cost --table results/equal-cost.json --page docs/equal-cost.md
 
 # Accuracy against cost for the page and for `eos-vllm advise`, from committed raw results; measures nothing.
 choices: setup
@@ -164,11 +164,11 @@ ablations: setup
 	$(PLOT) equivalence --out docs/studies/equivalence.png
 
 bench: setup
-	$(BIN)/python benchmarks/throughput.py
-	$(BIN)/python benchmarks/decode_step.py
-	$(BIN)/python benchmarks/compiled_reduction.py
-	$(BIN)/python benchmarks/host_cost.py
-	$(BIN)/python benchmarks/trace_cost.py
+	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.decode_step
+	$(BIN)/python -m benchmarks.compiled_reduction
+	$(BIN)/python -m benchmarks.host_cost
+	$(BIN)/python -m benchmarks.trace_cost
 
 # Stock against eos over HTTP, scenario by scenario; goes on where it was stopped, or where its minutes were over.
 LOADTEST ?= runs/loadtest

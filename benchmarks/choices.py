@@ -6,7 +6,6 @@ Nothing is measured here: every figure is a raw result's own, or computed from t
 same results give the same bytes. A profile that does something else today than when it was measured is refused.
 """
 
-import argparse
 import hashlib
 import json
 import statistics
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from benchmarks.equal_cost import all_profiles
 from eos_search.accuracy import AVERAGE, Share, accuracy, relative
 from eos_search.answerers import STOCK
@@ -298,7 +298,7 @@ def rounded(value: Any) -> Any:
 
 def main() -> int:
     """Writes the file; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__doc__)
     parser.add_argument("--root", type=Path, default=Path("."), help="where results/ is (default: here)")
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()

@@ -1,7 +1,6 @@
 """Every selector and shipped profile of the embedded model at equal cost: accuracy, and requests per second, of each.
 
-    python benchmarks/equal_cost.py --out results/equal-cost.json  # accuracy (half an hour), then speed
-    python benchmarks/equal_cost.py --table results/equal-cost.json  # prints the tables of a result again
+    python -m benchmarks.equal_cost --out results/equal-cost.json  # accuracy (half an hour), then speed
 
 Cost is the layer average: visual tokens that a decoder layer caches, on average over layers. Accuracy is that of the
 Hugging Face reference; speed is that of vLLM answering the same questions, one model and one profile per row. Counts
@@ -9,15 +8,13 @@ are exact (`--eos-exact-counts`): rounded to KV blocks, costs would no longer be
 the same command.
 """
 
-import argparse
-import json
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from eos_search.accuracy import AVERAGE, Share, difference
 from eos_search.answerers import STOCK, Case, ReferenceAnswerer
 from eos_search.evaluation import evaluate
@@ -31,7 +28,8 @@ from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.core.selectors import SELECTORS
 from eos_vllm.models import embedded
 from eos_vllm.models.geometry import geometry
-from eos_vllm.provenance import machine_line, provenance
+from eos_vllm.provenance import machine_line
+from loadtests.origin import origin
 
 COSTS = (256, 192, 128, 64, 32, 16)
 REQUESTS, REPEATS = 48, 3
@@ -214,7 +212,7 @@ single questions at once, {repeats} rounds between two engines of stock). Counts
 dash: the profile's layers cannot meet that cost. Drawn by
 
 ```
-python benchmarks/equal_cost.py --table {raw} --page {page}
+python -m benchmarks.equal_cost --table {raw} --page {page}
 ```
 
 from the raw result, which keeps every reply. Measured at commits: {commit}; on {machine}.
@@ -268,15 +266,13 @@ def page(result: dict[str, Any], rows: list[Row], raw: Path, file: Path) -> str:
 
 def main() -> int:
     """Measures what is missing, or prints a table; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/equal-cost.json"))
-    parser.add_argument("--table", type=Path, default=None, help="print the tables of this result, and measure nothing")
+    parser = common.parser_of(__doc__)
     parser.add_argument("--page", type=Path, default=None, help="with --table: write docs/equal-cost.md to this file")
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--only", choices=("accuracy", "speed"), default=None)
-    args = parser.parse_args()
+    args = common.parse(parser, out=Path("results/equal-cost.json"))
     if args.table:
-        result = json.loads(args.table.read_text())
+        result = common.read(args.table)
         if args.page is None:
             print(table(result))
             return 0
@@ -284,19 +280,18 @@ def main() -> int:
             rows = read_rows(export(Path(folder) / "rows", "test", result["images"]))
             args.page.write_text(page(result, rows, args.table, args.page))
         return 0
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    result: dict[str, Any] = {"provenance": provenance(seed=0), "images": args.images, "cases": [], "speed": []}
+    common.engines_in_process()
+    result: dict[str, Any] = {"provenance": origin(seed=0), "images": args.images, "cases": [], "speed": []}
     if args.out.exists():
-        result = json.loads(args.out.read_text())
+        result = common.read(args.out)
 
     def save() -> None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        common.write(args.out, result)
 
     with tempfile.TemporaryDirectory(prefix="eos-equal-") as folder:
         rows = read_rows(export(Path(folder) / "rows", "test", args.images))
         result["questions"] = len(rows)
-        now = provenance(seed=0)["git"]
+        now = origin(seed=0)["git"]
         if args.only != "speed":
             result.setdefault("measured_at", {}).setdefault("accuracy", now)
             measure_accuracy(result, rows, save)

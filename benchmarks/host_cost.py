@@ -1,17 +1,13 @@
 """What the reduction costs on the host, apart from any model: scheduler, batch and layout, against stock's.
 
-    python benchmarks/host_cost.py --out results/host-cost.json      # two minutes
-    python benchmarks/host_cost.py --table results/host-cost.json    # prints the table of a result again
+    python -m benchmarks.host_cost --out results/host-cost.json      # two minutes
 
 A model of 32 thin layers gives vLLM's real scheduler LLaVA-1.5-7B's KV groups (12 with SparseVLM's reducers). A
 stand-in answers for the worker, so that a step costs the host's work alone. Figures are medians with quartiles.
 """
 
 import argparse
-import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,14 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from eos_vllm import profiles
 from eos_vllm.core.layout import Entry, build_layout
 from eos_vllm.core.plan import ImageSpan, Planner
 from eos_vllm.core.profile import Profile
-from eos_vllm.models.tiny import PRESETS, write_tiny_model
-from eos_vllm.provenance import provenance
+from eos_vllm.models.tiny import PRESETS
+from loadtests.origin import origin
 
-PROFILE = "sparsevlm-v2-llava-1.5-7b"
 BEFORE_PROFILE = "divprune-llava-1.5-7b"
 BUDGET = 64
 TEXT, BEFORE = 88, 5
@@ -35,25 +31,22 @@ STEPS = 96
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--table", type=Path, default=None, help="print the table of this result, and measure nothing")
+    parser = common.parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="engines of each kind, in turn (default: %(default)s)")
-    args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return 0
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    profile, before = profiles.load(PROFILE), profiles.load(BEFORE_PROFILE)
+    return common.run(parser, measure, table)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The raw result."""
+    common.engines_in_process()
+    profile, before = profiles.load(common.PROFILE), profiles.load(BEFORE_PROFILE)
     result: dict[str, Any] = {
-        "provenance": provenance(seed=0),
-        "settings": {"profile": PROFILE, "budget": BUDGET, "text": TEXT, "steps": STEPS, "rounds": args.rounds},
+        "provenance": origin(seed=0),
+        "settings": {"profile": common.PROFILE, "budget": BUDGET, "text": TEXT, "steps": STEPS, "rounds": args.rounds},
         "milliseconds": {},
     }
     figures: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="eos-host-") as folder:
-        model = write_tiny_model(Path(folder) / "model", shape=thin_model())
+    with common.random_model(thin_model()) as model:
         for _ in range(args.rounds):
             for name, chosen in (("stock", None), ("eos", profile), ("selects before, eos", before)):
                 with small_engine(model, chosen) as llm:
@@ -64,10 +57,7 @@ def main() -> int:
                         result["settings"]["kv_groups"] = kv_groups(llm)
     figures |= batch_and_layout(profile)
     result["milliseconds"] = {name: summary(values) for name, values in figures.items()}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
-    return 0
+    return result
 
 
 def thin_model() -> Any:
@@ -225,7 +215,7 @@ def table(result: dict[str, Any]) -> str:
             else None
         )
         ratio = f"{found['median'] / stock['median']:.2f}" if stock else ""
-        lines.append(f"| {name} | {found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f}) | {ratio} |")
+        lines.append(f"| {name} | {common.shown(found['median'], found['low'], found['high'])} | {ratio} |")
     return "\n".join(lines) + f"\n\n{result['settings'].get('kv_groups')} KV groups."
 
 

@@ -1,30 +1,27 @@
 """What a selector costs: milliseconds per image, and its share of an image's tower and prefill, on this machine.
 
-    python benchmarks/selector_time.py --out results/selector-time-cpu.json
-    python benchmarks/selector_time.py --table results/selector-time-cpu.json   # prints the table of a result again
+    python -m benchmarks.selector_time --out results/selector-time-cpu.json
 
 The model has random weights: time does not depend on them. Selectors take turns with tower and prefill, and figures are
 medians with quartiles. The prefill is Hugging Face's of one prompt of 88 text tokens, whole and with what is kept.
 """
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText
 
+from benchmarks import common
 from eos_search.tower import tower_output
 from eos_vllm.core.operator import OperatorParams
 from eos_vllm.core.preselection import preselect
 from eos_vllm.core.selectors import SELECTORS, Selector
-from eos_vllm.models.tiny import PRESETS, write_tiny_model
-from eos_vllm.provenance import provenance
+from eos_vllm.models.tiny import PRESETS
+from loadtests.origin import origin
 
 PRESET, TEXT = "bench-88m", 88
 COUNTS = (64, 192)
@@ -53,11 +50,10 @@ def selectors() -> dict[str, Selector]:
 
 
 @torch.inference_mode()
-def measure(rounds: int, device: str) -> dict[str, list[float]]:
+def by_name(rounds: int, device: str) -> dict[str, list[float]]:
     """Milliseconds of each thing, once per round."""
     found: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="eos-selector-") as folder:
-        path = write_tiny_model(Path(folder) / "model", shape=PRESETS[PRESET])
+    with common.random_model(PRESETS[PRESET]) as path:
         model = AutoModelForImageTextToText.from_pretrained(str(path), dtype=torch.float32).eval().to(device)
     size, width = model.config.vision_config.image_size, model.config.text_config.hidden_size
     pixels = torch.randn(1, 3, size, size, device=device)
@@ -97,28 +93,23 @@ def table(result: dict[str, Any]) -> str:
             values = result["milliseconds"][f"{name}, {keep}"]
             low, middle, high = statistics.quantiles(values, n=4)
             reduced = tower + found[f"prefill, {keep} visual tokens"]
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f}) | {middle / whole:.1%} | {middle / reduced:.1%}")
+            cells.append(f"{common.shown(middle, low, high, 2)} | {middle / whole:.1%} | {middle / reduced:.1%}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> int:
     """Measures, or prints a table; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--table", type=Path, default=None, help="print the table of this result, and measure nothing")
+    parser = common.parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return 0
+    return common.run(parser, measure, table)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The raw result."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {"preset": PRESET, "text": TEXT, "counts": list(COUNTS), "rounds": args.rounds, "device": device}
-    result = {"provenance": provenance(seed=0), "settings": settings, "milliseconds": measure(args.rounds, device)}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
-    return 0
+    return {"provenance": origin(seed=0), "settings": settings, "milliseconds": by_name(args.rounds, device)}
 
 
 if __name__ == "__main__":

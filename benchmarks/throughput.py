@@ -1,33 +1,29 @@
 """Stock vLLM against eos-vllm, interleaved, same settings: requests per second and the share of the plan's ceiling.
 
-    python benchmarks/throughput.py --out results/throughput-cpu.json      # twenty minutes on 2 cores
-    python benchmarks/throughput.py --table results/throughput-cpu.json    # prints the table of a result again
+    python -m benchmarks.throughput --out results/throughput-cpu.json      # twenty minutes on 2 cores
 
 Two engines live side by side and take turns, so that a machine whose speed drifts slows both: a round goes from stock
 over every budget and back. Figures are medians over rounds of ratios to stock in the same round, with their range.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
-import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from eos_vllm import profiles
+from benchmarks import common
 from eos_vllm.analysis.comparison import compare
 from eos_vllm.analysis.cost import layer_flops
-from eos_vllm.analysis.scaling import scale_to_model
 from eos_vllm.core.budget import REQUEST_FIELD
 from eos_vllm.core.plan import ImageSpan, Planner
 from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.models.geometry import geometry
-from eos_vllm.models.images import sample_image
-from eos_vllm.models.tiny import PRESETS, parameter_count, write_tiny_model
-from eos_vllm.provenance import provenance
+from eos_vllm.models.tiny import PRESETS, parameter_count
+from loadtests.origin import origin
 
 BUDGETS = (576, 192, 64, 16)
 TEXT_TOKENS = 88  # with 576 visual tokens the prompt of the design's ceilings
@@ -35,7 +31,7 @@ BLOCK = 32
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__doc__)
     parser.add_argument("--preset", default="bench-88m", choices=sorted(PRESETS))
     parser.add_argument("--model", default=None, help="directory of a model to use instead of a preset")
     parser.add_argument("--requests", type=int, default=24, help="requests per turn (default: %(default)s)")
@@ -43,18 +39,16 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--kv", choices=("large", "bound", "both"), default="both")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile (both engines); default: eager")
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--table", type=Path, default=None, help="print the table of this result, and measure nothing")
-    args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return 0
-    with tempfile.TemporaryDirectory(prefix="eos-bench-") as folder:
-        model = args.model or write_tiny_model(Path(folder) / "model", shape=PRESETS[args.preset])
+    return common.run(parser, measure, table)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The raw result."""
+    with nullcontext(args.model) if args.model else common.random_model(PRESETS[args.preset]) as model:
         profile = bench_profile(Path(model))
-        cases = [measure(args, model, profile, kv) for kv in (("large", "bound") if args.kv == "both" else (args.kv,))]
-    result = {
-        "provenance": provenance(seed=0),
+        cases = [one_case(args, model, profile, kv) for kv in (("large", "bound") if args.kv == "both" else (args.kv,))]
+    return {
+        "provenance": origin(seed=0),
         "model": {"name": args.preset if args.model is None else Path(args.model).name}
         | ({"parameters": parameter_count(PRESETS[args.preset])} if args.model is None else {}),
         "settings": {
@@ -72,21 +66,16 @@ def main() -> int:
         "profile": profile.to_dict(),
         "cases": cases,
     }
-    if args.out:
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
-    return 0
 
 
 def bench_profile(model: Path) -> Profile:
-    """SparseVLM v2's schedules on this model's depth; other budgets by the final count, for 16 has no schedule."""
-    shape = geometry(model)
-    scaled = scale_to_model(profiles.load("sparsevlm-v2-llava-1.5-7b"), shape.num_decoder_layers, shape.visual_tokens)
-    return parse_profile(scaled.to_dict() | {"budget": {"measure": "final", "tokens": 64, "minimum": 1}})
+    """Scaled; budgets other than its schedules' by the final count, for 16 has no schedule."""
+    return parse_profile(
+        common.scaled_profile(model).to_dict() | {"budget": {"measure": "final", "tokens": 64, "minimum": 1}}
+    )
 
 
-def measure(args: argparse.Namespace, model: Any, profile: Profile, kv: str) -> dict[str, Any]:
+def one_case(args: argparse.Namespace, model: Any, profile: Profile, kv: str) -> dict[str, Any]:
     """One case: both engines, warmed up, then all rounds."""
     shape = geometry(Path(model))
     per_block = shape.kv_bytes_per_token(4) * BLOCK * shape.num_decoder_layers
@@ -154,13 +143,7 @@ class Turn:
         params = SamplingParams(temperature=0, max_tokens=self.args.max_tokens, ignore_eos=True, extra_args=extra)
         numbers = range(self.sent, self.sent + (requests or self.args.requests))
         self.sent = numbers.stop
-        prompts = [
-            {
-                "prompt": question(n),
-                "multi_modal_data": {"image": sample_image(n)},
-            }
-            for n in numbers
-        ]
+        prompts = [common.prompt(question(n), n) for n in numbers]
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         elapsed = time.perf_counter() - start
@@ -170,11 +153,9 @@ class Turn:
 
 
 def question(number: int) -> str:
-    """A prompt with one image and ``TEXT_TOKENS`` tokens of text: one per byte, and the begin token."""
-    head, tail = "USER: <image>\n", " ASSISTANT:"
+    """What makes a prompt of ``TEXT_TOKENS`` tokens of text: one per byte, and the begin token."""
     asked = f"What is in picture number {number}, and where is it? "
-    room = TEXT_TOKENS - 1 - len(head.replace("<image>", "")) - len(tail)
-    return head + (asked * 3)[:room] + tail
+    return (asked * 3)[: TEXT_TOKENS - 1 - len("USER: \n ASSISTANT:")]
 
 
 def ceiling(model: Any, profile: Profile, prompt: int, outputs: int, budget: int) -> dict[str, float]:
@@ -207,7 +188,7 @@ def table(result: dict[str, Any]) -> str:
             ratios = [r[budget] / r["stock"] for r in case["requests_per_second"]]
             ratio = statistics.median(ratios)
             lines.append(
-                f"| {budget} | {statistics.median(speeds):.3f} | {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+                f"| {budget} | {statistics.median(speeds):.3f} | {common.shown(ratio, min(ratios), max(ratios), 2)} "
                 f"| {promised['by_tokens']:.2f} | {ratio / promised['by_tokens']:.0%} "
                 f"| {promised['by_flops']:.2f} | {ratio / promised['by_flops']:.0%} |"
             )

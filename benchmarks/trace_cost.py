@@ -1,7 +1,6 @@
 """What traces cost: 24 requests at once, in an engine without the page, with it, and with every request traced.
 
-    python benchmarks/trace_cost.py --out results/trace-cost.json      # ten minutes
-    python benchmarks/trace_cost.py --table results/trace-cost.json
+    python -m benchmarks.trace_cost --out results/trace-cost.json      # ten minutes
 
 Two engines in one process answer the same requests in turn, each time with empty prefix caches. The model is small, so
 that what is added weighs more than it would on a real one. Beside wall time stands the process' CPU time, which other
@@ -9,24 +8,17 @@ processes of the machine disturb less.
 """
 
 import argparse
-import json
-import math
 import os
 import random
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from eos_vllm import profiles
-from eos_vllm.analysis.scaling import scale_to_model
-from eos_vllm.models.geometry import geometry
-from eos_vllm.models.images import sample_image
-from eos_vllm.models.tiny import PRESETS, write_tiny_model
-from eos_vllm.provenance import provenance
+from benchmarks import common
+from eos_vllm.models.tiny import PRESETS
+from loadtests.origin import origin
 
-PROFILE = "sparsevlm-v2-llava-1.5-7b"
 REQUESTS, TOKENS = 24, 16
 # Name, whether its engine has the page, whether its requests are traced.
 CASES = (("no page", False, False), ("page, not traced", True, False), ("page, all traced", True, True))
@@ -34,39 +26,31 @@ BASE, SAME, TRACED = (name for name, _, _ in CASES)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__doc__)
     parser.add_argument("--preset", default="embedded", choices=sorted(PRESETS))
     parser.add_argument("--rounds", type=int, default=420, help="of all cases, in random order (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=600, help="begin no round after these (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--table", type=Path, default=None, help="print the table of this result, and measure nothing")
-    args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return 0
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    settings = {"preset": args.preset, "profile": PROFILE, "requests": REQUESTS, "tokens": TOKENS}
-    with tempfile.TemporaryDirectory(prefix="eos-trace-") as folder:
-        model = write_tiny_model(Path(folder) / "model", shape=PRESETS[args.preset])
-        measured = measure(model, args.rounds, args.seconds)
-    result = {"provenance": provenance(seed=0), "settings": settings, **measured}
+    return common.run(parser, measure, table)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The raw result."""
+    common.engines_in_process(OMP_NUM_THREADS="1")
+    settings = {"preset": args.preset, "profile": common.PROFILE, "requests": REQUESTS, "tokens": TOKENS}
+    with common.random_model(PRESETS[args.preset]) as model:
+        measured = in_rounds(model, args.rounds, args.seconds)
+    result = {"provenance": origin(seed=0), "settings": settings, **measured}
     result["over_no_page"] = ratios(result, BASE)
     # One engine: what its place in memory is worth against the other one's is no part of this.
     result["over_not_traced"] = {TRACED: ratios(result, SAME)[TRACED]}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
-    return 0
+    return result
 
 
-def measure(model: Path, rounds: int, seconds: float) -> dict[str, Any]:
+def in_rounds(model: Path, rounds: int, seconds: float) -> dict[str, Any]:
     """Seconds of each round by case, wall and CPU; seconds to read the traces of a round."""
     from vllm import LLM
 
-    shape = geometry(model)
-    profile = scale_to_model(profiles.load(PROFILE), shape.num_decoder_layers, shape.visual_tokens)
+    profile = common.scaled_profile(model)
     settings: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -110,10 +94,7 @@ def answer(llm: Any, traced: bool) -> tuple[float, float, list[str]]:
 
     extra = {"eos_trace": True} if traced else None
     params = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, extra_args=extra)
-    prompts = [
-        {"prompt": f"USER: <image>\nWhat, {i}? ASSISTANT:", "multi_modal_data": {"image": sample_image(i)}}
-        for i in range(REQUESTS)
-    ]
+    prompts = [common.prompt(f"What, {i}?", i) for i in range(REQUESTS)]
     llm.reset_prefix_cache()
     wall, cpu = time.perf_counter(), time.process_time()
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -141,10 +122,7 @@ def ratios(result: dict[str, Any], over: str) -> dict[str, dict[str, dict[str, f
     for clock in ("wall", "cpu"):
         base = result[clock][over]
         for name, values in result[clock].items():
-            logs = [math.log(ours / theirs) for ours, theirs in zip(values, base, strict=True)]
-            mean, wide = statistics.mean(logs), 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
-            interval = {"ratio": math.exp(mean), "low": math.exp(mean - wide), "high": math.exp(mean + wide)}
-            found.setdefault(name, {})[clock] = interval
+            found.setdefault(name, {})[clock] = common.ratio(values, base)
     return found
 
 
@@ -154,12 +132,12 @@ def table(result: dict[str, Any]) -> str:
     for name, _, _ in CASES:
         cells = [name]
         for clock in ("wall", "cpu"):
-            ratio = shown(result["over_no_page"][name][clock])
-            cells += [f"{statistics.median(result[clock][name]):.3f}", "" if name == BASE else ratio]
+            over = "" if name == BASE else common.shown(*result["over_no_page"][name][clock].values(), 4)
+            cells += [f"{statistics.median(result[clock][name]):.3f}", over]
         lines.append(f"| {' | '.join(cells)} |")
-    traced = result["over_not_traced"][TRACED]
+    wall, cpu = (common.shown(*result["over_not_traced"][TRACED][clock].values(), 4) for clock in ("wall", "cpu"))
     reading = 1000 * statistics.median(result["read_seconds"]) / REQUESTS
-    lines += ["", f"Traced over not traced, one engine: wall {shown(traced['wall'])}, CPU {shown(traced['cpu'])}."]
+    lines += ["", f"Traced over not traced, one engine: wall {wall}, CPU {cpu}."]
     lines += ["", f"Reading a trace afterwards: {reading:.2f} ms."]
     if rss := result["rss_mib"]:
         fifth = len(rss) // 5
@@ -171,11 +149,6 @@ def table(result: dict[str, Any]) -> str:
             + ".",
         ]
     return "\n".join(lines)
-
-
-def shown(ratio: dict[str, float]) -> str:
-    """With its interval."""
-    return f"{ratio['ratio']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f})"
 
 
 if __name__ == "__main__":

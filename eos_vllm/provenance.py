@@ -21,13 +21,18 @@ def provenance(**more: Any) -> dict[str, Any]:
     No path of the machine is in it: the command is given relative to the project.
     """
     return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": timestamp(),
         "command": " ".join(["python", _relative(sys.argv[0]), *map(_relative, sys.argv[1:])]),
         "git": _git(),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": _machine(),
         **more,
     }
+
+
+def timestamp() -> str:
+    """Now, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def commit_line(facts: dict[str, Any]) -> str:

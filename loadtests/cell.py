@@ -15,7 +15,7 @@ import requests
 
 from loadtests.client import ask
 from loadtests.records import Record, read_records
-from loadtests.server_metrics import Snapshot, Watch, fetch
+from loadtests.server_metrics import Snapshot, Watch, fetch, summed
 from loadtests.settings import Workload
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ class CellRun:
         return {
             "seconds": round(self.seconds, 2),
             "client": self.client,
-            "metrics": self.metrics,
+            "metrics": summed(self.metrics),
             "requests": [record.compact() for record in self.records],
         }
 

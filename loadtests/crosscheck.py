@@ -6,7 +6,6 @@ All testers take turns on the same servers, stock and eos at one budget. Figures
 widened by the tolerance, touch.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -16,14 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eos_vllm.cli.server_process import ServerError
-from eos_vllm.core.errors import EosError
 from loadtests.cell import LocustError, run_cell
+from loadtests.commands import command, parser_of
 from loadtests.figures import Steady
 from loadtests.grid import Kind, Load
 from loadtests.measures import percentile
 from loadtests.origin import origin
-from loadtests.peers import PeerError, PeerFigures, guidellm, guidellm_command, vllm_bench
+from loadtests.peers import PeerFigures, guidellm, guidellm_command, vllm_bench
 from loadtests.questions import export_benchmark
 from loadtests.settings import Workload, at_least_one
 from loadtests.subjects import serving, speed_subject
@@ -33,11 +31,10 @@ FIGURES = ("requests_per_second", "ttft", "tpot")
 _TOLERANCE = 0.05
 
 
+@command("crosscheck")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the cross-check; 0 if all testers agree, 1 if not or if one failed, 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.crosscheck", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("crosscheck", __doc__)
     parser.add_argument("--out", type=Path, default=Path("results/crosscheck-cpu.json"), help="default: %(default)s")
     parser.add_argument("--preset", default="bench-88m")
     parser.add_argument("--retain", type=int, default=64, help="budget of the eos server (default: %(default)s)")
@@ -45,19 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=16, help="per run (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args(argv)
-    try:
-        options = SweepOptions(
-            args.out, preset=args.preset, scenarios=("single",), loads=(Load(args.concurrency),), server_arguments=EAGER
-        )
-        for name in ("requests", "repeats", "retain"):
-            at_least_one(name, getattr(args, name))
-        runs = measure(options, args.retain, args.requests, args.repeats)
-    except EosError as e:
-        print(f"loadtests.crosscheck: error: {e}", file=sys.stderr)
-        return 2
-    except (ServerError, LocustError, PeerError) as e:
-        print(f"loadtests.crosscheck: {e}", file=sys.stderr)
-        return 1
+    options = SweepOptions(
+        args.out, preset=args.preset, scenarios=("single",), loads=(Load(args.concurrency),), server_arguments=EAGER
+    )
+    for name in ("requests", "repeats", "retain"):
+        at_least_one(name, getattr(args, name))
+    runs = measure(options, args.retain, args.requests, args.repeats)
     comparison = compare(runs)
     load = options.loads[0]
     result = {

@@ -3,7 +3,7 @@
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from eos_vllm.core.plan import Planner
 from eos_vllm.core.profile import Profile
 from eos_vllm.models import embedded
 from eos_vllm.models.geometry import geometry
+from loadtests.commands import add_option
 from loadtests.records import Record
-from loadtests.settings import at_least_one
+from loadtests.settings import above_zero, at_least_one
 from loadtests.store import Store
 from loadtests.subjects import Subject, fitted_profile, profile_title
 
 STOCK, ELASTIC = "stock", "elastic"
-UNLOADED, CAPACITY = "calibration/unloaded", "calibration/capacity"
+UNLOADED, CAPACITY = "unloaded", "capacity"
 # A budget that keeps every visual token of the embedded model.
 ALL = 576
 _POSITIVE = ("seconds", "ramp", "minutes", "slo_scale", "capacity_seconds")
@@ -53,9 +54,7 @@ class Options:
         for name in ("repeats", "questions"):
             at_least_one(name, getattr(self, name))
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                remedy = f"give {getattr(Options, name):g}"
-                raise SettingError(name, getattr(self, name), "it must be above 0", remedy)
+            above_zero(name, getattr(self, name), f"give {getattr(Options, name):g}")
         if not self.multiples or min(self.multiples) <= 0 or len(set(self.multiples)) < len(self.multiples):
             raise SettingError("multiples", self.multiples, "they must be above 0, each once", "e.g. 0.5,1,2")
         for part in self.elastic.split(":"):
@@ -93,13 +92,9 @@ class Options:
             "questions": "that the embedded model is asked at each budget",
             "seed": "of all draws",
         }
-        for f in fields(Options):
-            default = ",".join(f"{m:g}" for m in Options.multiples) if f.name == "multiples" else f.default
-            kind: Any = str if default is None else type(default)
-            flag = "--" + f.name.replace("_", "-")
-            if isinstance(f.default, Path):
-                kind = Path
-            parser.add_argument(flag, type=kind, default=default, help=f"{texts[f.name]} (default: %(default)s)")
+        for name, text in texts.items():
+            multiples = ",".join(f"{m:g}" for m in Options.multiples)
+            add_option(parser, name, multiples if name == "multiples" else getattr(Options, name), text)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Options":
@@ -142,6 +137,11 @@ def cells_of(options: Options) -> list[Cell]:
     return cells
 
 
+def calibration(name: str, repeat: int) -> str:
+    """Key of what stock was measured at before a repeat: a machine may be slower in another hour."""
+    return f"calibration/{name}" + (f"/r{repeat}" if repeat > 1 else "")
+
+
 @dataclass(frozen=True)
 class Limits:
     """Stock's capacity in requests/s, and what a good request keeps: seconds from due to first and last token."""
@@ -151,19 +151,21 @@ class Limits:
     total: float
 
     @classmethod
-    def of(cls, store: Store, scale: float) -> "Limits":
-        """From the measured calibration; ``scale`` times stock's medians without load.
+    def of(cls, store: Store, scale: float, repeat: int = 1) -> "Limits":
+        """From the calibration of a repeat; ``scale`` times stock's medians without load.
 
         Raises:
             SettingError: it is not measured.
         """
-        cells = {cell["key"]: cell for cell in store.cells() if cell["key"] in (UNLOADED, CAPACITY)}
-        for key in (UNLOADED, CAPACITY):
-            if key not in cells:
+        keys = calibration(UNLOADED, repeat), calibration(CAPACITY, repeat)
+        for key in keys:
+            if not store.has(key):
                 raise SettingError("results", store.folder.name, f"{key} is missing", "let the sweep run first")
-        loaded = _window(cells[CAPACITY])
-        client = cells[CAPACITY]["client"]["window"]
-        alone = [r for r in _window(cells[UNLOADED]) if not r.starter]
+        cells = {cell["key"]: cell for cell in store.cells() if cell["key"] in keys}
+        unloaded, capacity = (cells[key] for key in keys)
+        loaded = _window(capacity)
+        client = capacity["client"]["window"]
+        alone = [r for r in _window(unloaded) if not r.starter]
         return cls(
             capacity=len(loaded) / (client["closed"] - client["opened"]),
             ttft=scale * statistics.median(r.ttft for r in alone if r.ttft is not None),

@@ -3,7 +3,6 @@
 python -m loadtests.elastic_report results/elastic-cpu --figure docs/elastic.png --readme README.md
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from eos_vllm.core.errors import EosError, SettingError
+from eos_vllm.core.errors import SettingError
 from loadtests.chart import STYLE
+from loadtests.commands import command, parser_of
 from loadtests.elastic_cells import ELASTIC
 from loadtests.elastic_results import ElasticResults, tables
 
@@ -25,29 +25,22 @@ NOTHING = "Not measured yet."
 _COLOURS = ("#6b6b6b", "#3b528b", "#5ec962", "#d1495b")
 
 
+@command("elastic_report")
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws and prints; 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.elastic_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("elastic_report", __doc__)
     parser.add_argument("results", type=Path, nargs="?", default=Path("runs/elastic"))
     parser.add_argument("--figure", type=Path, default=None, help="PNG (default: elastic.png in the results)")
     parser.add_argument("--readme", type=Path, default=None, help="put the tables into this file, between its marks")
     parser.add_argument("--slo-scale", type=float, default=None, help="other limits of goodput than the sweep's")
     args = parser.parse_args(argv)
-    try:
-        results = ElasticResults(args.results, args.slo_scale)
-        text = "\n\n".join(table.markdown() for table in tables(results))
-        figure = args.figure or args.results / "elastic.png"
-        draw(results, figure)
-        if args.readme is not None:
-            page = between_marks(args.readme.read_text(encoding="utf-8"), section(results, figure.as_posix()))
-            args.readme.write_text(page, encoding="utf-8")
-    except EosError as e:
-        print(f"loadtests.elastic_report: error: {e}", file=sys.stderr)
-        return 2
+    results = ElasticResults(args.results, args.slo_scale)
+    text = "\n\n".join(table.markdown() for table in tables(results))
+    figure = args.figure or args.results / "elastic.png"
+    draw(results, figure)
+    if args.readme is not None:
+        page = between_marks(args.readme.read_text(encoding="utf-8"), section(results, figure.as_posix()))
+        args.readme.write_text(page, encoding="utf-8")
     print(text)
     return 0
 

@@ -44,9 +44,10 @@ class ElasticResults:
         raw = store.sweep()
         self.settings: dict[str, Any] = raw["settings"]
         self.sessions: list[dict[str, Any]] = raw["sessions"]
-        self.limits = Limits.of(store, slo_scale or self.settings["slo_scale"])
-        cells = store.cells()
-        self.runs = [self._run(cell) for cell in cells if cell["key"].startswith("rate/")]
+        cells, scale = store.cells(), slo_scale or self.settings["slo_scale"]
+        rates = [cell for cell in cells if cell["key"].startswith("rate/")]
+        self.limits = {repeat: Limits.of(store, scale, repeat) for repeat in sorted({cell["repeat"] for cell in rates})}
+        self.runs = [self._run(cell) for cell in rates]
         self.marks = {cell["budget"]: _marks(cell) for cell in cells if cell["key"].startswith("accuracy/")}
         if not self.runs:
             raise SettingError(
@@ -54,13 +55,13 @@ class ElasticResults:
             )
 
     def _run(self, cell: dict[str, Any]) -> Run:
-        records = [Record.from_dict(values) for values in cell["requests"]]
-        due = self.limits.due(records, cell["client"])
+        records, limits = [Record.from_dict(values) for values in cell["requests"]], self.limits[cell["repeat"]]
+        due = limits.due(records, cell["client"])
         window = cell["client"]["window"]
         return Run(
             **{name: cell[name] for name in ("multiple", "rate", "arm", "repeat")},
             seconds=window["closed"] - window["opened"],
-            met=sum(self.limits.met(record) for record in due),
+            met=sum(limits.met(record) for record in due),
             due=len(due),
             budgets=cell["metrics"]["budgets"],
         )
@@ -86,8 +87,8 @@ class ElasticResults:
         return [run for run in self.runs if (run.multiple, run.arm) == (multiple, arm)]
 
     def rate(self, multiple: float) -> float:
-        """Requests per second that arrive."""
-        return next(run.rate for run in self.runs if run.multiple == multiple)
+        """Requests per second that arrive, mean over repeats."""
+        return statistics.fmean({run.repeat: run.rate for run in self.runs if run.multiple == multiple}.values())
 
     def goodput(self, multiple: float, arm: str) -> float | None:
         """Requests per second that kept the limits, over all repeats; None where nothing is measured."""
@@ -173,7 +174,8 @@ def goodput_table(results: ElasticResults) -> Table:
         )
     subject, repeats = results.settings["subject"], max(run.repeat for run in results.runs)
     seconds = f"{results.settings['seconds']:g} s"
-    said = f"Up to {repeats} windows of {seconds}; in brackets the 95 % interval over them."
+    said = f"Up to {repeats} windows of {seconds}, before each of which stock was measured anew; in brackets the 95 % "
+    said += "interval over them."
     if repeats == 1:
         said = f"One window of {seconds} for each, so that there is no interval."
     head = ("arrivals over stock's capacity", *results.arms, "elastic over the better fixed", "mean budget chosen")
@@ -181,8 +183,8 @@ def goodput_table(results: ElasticResults) -> Table:
         f"Good requests per second ({subject['name']}; profile {subject['profile_name']})",
         head,
         tuple(rows),
-        f"Good: {results.limits}, from when it was due ({results.settings['slo_scale']:g} times stock's medians "
-        f"without load). {said}",
+        f"Good: {'; '.join(map(str, results.limits.values()))}, from when it was due "
+        f"({results.settings['slo_scale']:g} times stock's medians without load). {said}",
     )
 
 

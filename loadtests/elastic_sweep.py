@@ -3,16 +3,15 @@
     python -m loadtests.elastic_sweep --out results/elastic-cpu
     python -m loadtests.elastic_report results/elastic-cpu
 
-First the embedded model is asked at each budget that the controller can choose, then stock's latency without load and
-its capacity are measured (closed loops). Then single questions arrive at Poisson intervals, at the same moments and
-about the same pictures for all settings of a rate and repeat. One eos server serves elastic and fixed budgets, for a
-request that names a budget keeps it. Each cell is written before the next begins; the same command goes on.
+First the embedded model is asked at each budget that the controller can choose. Before each repeat stock's latency
+without load and its capacity are measured (closed loops): a machine may be slower in another hour. Then single
+questions arrive at Poisson intervals, at the same moments and about the same pictures for all settings of a rate and
+repeat. One eos server serves elastic and fixed budgets, for a request that names a budget keeps it. Each cell is
+written before the next begins; the same command goes on.
 """
 
-import argparse
 import itertools
 import math
-import signal
 import sys
 import tempfile
 import time
@@ -23,20 +22,23 @@ from typing import Any
 
 import requests
 
-from eos_vllm.cli.server_process import ServerError
 from eos_vllm.core.budget import parse_budget
-from eos_vllm.core.errors import EosError, SettingError
+from eos_vllm.core.errors import SettingError
+from eos_vllm.provenance import timestamp
 from loadtests.bodies import user_message
 from loadtests.cell import CellRun, LocustError, run_cell, settle
 from loadtests.client import PATH
+from loadtests.commands import command, parser_of, say
 from loadtests.elastic_cells import (
     ALL,
     CAPACITY,
     ELASTIC,
     STOCK,
     UNLOADED,
+    Cell,
     Limits,
     Options,
+    calibration,
     cells_of,
     embedded_subject,
     levels_of,
@@ -44,7 +46,6 @@ from loadtests.elastic_cells import (
 from loadtests.origin import origin
 from loadtests.questions import export_benchmark, read_rows
 from loadtests.scenarios import visits
-from loadtests.server_metrics import summed
 from loadtests.servers import MODEL_NAME, Servers, ServerSpec, servers
 from loadtests.settings import Workload
 from loadtests.store import Store
@@ -59,36 +60,16 @@ _BESIDE, _STARTING, _PER_QUESTION = 8.0, 150.0, 0.08
 _CALM_MOST = 40
 
 
+@command("elastic_sweep", resumable=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sweep; 0 at its end, 1 if a server or locust failed, 2 for a mistake, 130 when stopped."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.elastic_sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("elastic_sweep", __doc__)
     Options.add_arguments(parser)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        options = Options.of(parser.parse_args(argv))
-        with tempfile.TemporaryDirectory(prefix="eos-elastic-") as folder:
-            Sweep(options, Path(folder)).run()
-    except EosError as e:
-        print(f"loadtests.elastic_sweep: error: {e}", file=sys.stderr)
-        return 2
-    except (ServerError, LocustError) as e:
-        print(f"loadtests.elastic_sweep: {e}\nThe same command goes on from here.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("loadtests.elastic_sweep: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    print(f"raw results in {options.out}; tables and figure: python -m loadtests.elastic_report {options.out} ")
+    options = Options.of(parser.parse_args(argv))
+    with tempfile.TemporaryDirectory(prefix="eos-elastic-") as folder:
+        Sweep(options, Path(folder)).run()
+    print(f"raw results in {options.out}; tables and figure: python -m loadtests.elastic_report {options.out}")
     return 0
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 class Sweep:
@@ -129,12 +110,12 @@ class Sweep:
             ServerError: a server did not start.
             LocustError: a run ended badly.
         """
-        _say(f"about {self._estimate() / 60:.0f} minutes")
+        say(f"about {self._estimate() / 60:.0f} minutes")
         if any(not self.store.has(f"accuracy/{budget}") for budget in (ALL, *self.levels)):
             self._accuracy()
         if any(not self.store.has(cell.key) for cell in cells_of(self.options)):
             with self._serving(self.subject) as running:
-                self._calibrate(running)
+                self._warm(running)
                 self._cells(running)
         self.store.note(seconds=round(time.monotonic() - self.start))
 
@@ -144,7 +125,8 @@ class Sweep:
         left = sum(not self.store.has(cell.key) for cell in cells_of(o))
         questions = sum(not self.store.has(f"accuracy/{budget}") for budget in (ALL, *self.levels)) * o.questions
         seconds = left * (o.ramp + o.seconds + _BESIDE) + questions * _PER_QUESTION + _STARTING * (left > 0)
-        return seconds + (questions > 0) * _STARTING / 2 + (not self.store.has(CAPACITY)) * 3 * o.capacity_seconds
+        calibrations = sum(not self.store.has(calibration(CAPACITY, r)) for r in range(1, o.repeats + 1))
+        return seconds + (questions > 0) * _STARTING / 2 + calibrations * 3 * o.capacity_seconds
 
     @contextmanager
     def _serving(self, subject: Subject, stock: bool = True) -> Iterator[Servers]:
@@ -158,7 +140,7 @@ class Sweep:
             arguments=self.base.arguments(),
             eos_arguments=("--eos-elastic", self.options.elastic),
         )
-        _say(f"starting servers: {subject.name}")
+        say(f"starting servers: {subject.name}")
         with servers(spec, ("stock", "eos") if stock else ("eos",)) as pair:
             yield pair
 
@@ -187,56 +169,64 @@ class Sweep:
                 workload = self._workload(url, key, budget, **more, fixed_output=False, prompt_characters=None)
                 run = self._measured(workload, key, {"budget": budget})
                 marks = [r.right for r in run.records if r.right is not None]
-                _say(f"{key}: {sum(marks)} of {len(marks)} right in {run.seconds:.0f} s")
+                say(f"{key}: {sum(marks)} of {len(marks)} right in {run.seconds:.0f} s")
 
-    def _calibrate(self, running: Servers) -> None:
-        """Stock's latency without load, and its capacity."""
+    def _warm(self, running: Servers) -> None:
         for arm, budget, kind in ((STOCK, None, "stock"), *((a, b, "eos") for a, b in self.options.eos_arms)):
-            _say(f"warming up: {arm}")
+            say(f"warming up: {arm}")
             warm_up(self._workload(running.url(kind), f"warm up {arm}", budget), ("single",))  # type: ignore[arg-type]
+
+    def _calibrate(self, running: Servers, repeat: int) -> Limits:
+        """Stock's latency without load, and its capacity."""
         url, seconds = running.url("stock"), self.options.capacity_seconds
-        for key, users, answers in ((UNLOADED, 1, 6), (CAPACITY, 8, 16)):
+        for name, users, answers in ((UNLOADED, 1, 6), (CAPACITY, 8, 16)):
+            key = calibration(name, repeat)
             if not self.store.has(key):
                 more = {"concurrency": users, "window": seconds, "window_requests": answers if seconds > 10 else 3}
                 self._measured(self._workload(url, key, None, **more), key, {"users": users})
                 settle(url, MODEL_NAME)
-        limits = Limits.of(self.store, self.options.slo_scale)
-        _say(f"stock: {limits.capacity:.3f} requests/s; goodput: {limits}")
+        limits = Limits.of(self.store, self.options.slo_scale, repeat)
+        say(f"stock: {limits.capacity:.3f} requests/s; goodput: {limits}")
+        return limits
 
     def _cells(self, running: Servers) -> None:
-        limits, o = Limits.of(self.store, self.options.slo_scale), self.options
+        limits: dict[int, Limits] = {}
         begun: tuple[int, float] | None = None
-        for cell in cells_of(o):
+        for cell in cells_of(self.options):
             if self.store.has(cell.key):
                 continue
             # Settings of a rate are compared, so that all of them are measured in a repeat, or none.
             fresh, begun = (cell.repeat, cell.multiple) != begun, (cell.repeat, cell.multiple)
-            if fresh and cell.repeat > 1 and time.monotonic() - self.start > 60 * o.minutes:
-                _say(f"{o.minutes:g} minutes are over: the rest is left to the same command")
+            if fresh and cell.repeat > 1 and time.monotonic() - self.start > 60 * self.options.minutes:
+                say(f"{self.options.minutes:g} minutes are over: the rest is left to the same command")
                 self.store.note(left_out=f"repeat {cell.repeat} from {cell.multiple:g} on: the minutes were over")
                 return
-            url = running.url("stock" if cell.arm == STOCK else "eos")
-            calm = self._to_ceiling(url) if cell.arm == ELASTIC else None
-            rate = cell.multiple * limits.capacity
-            more: dict[str, Any] = {"rate": rate, "window": o.seconds, "open_ramp": o.ramp}
-            # What is due as the window closes may still keep the limit.
-            more |= {"ramp_most": limits.total + 0.5, "prepare": math.ceil(1.5 * rate * (o.ramp + o.seconds)) + 8}
-            more |= {"seed": o.seed + cell.repeat}
-            facts = {"multiple": cell.multiple, "rate": rate, "arm": cell.arm, "repeat": cell.repeat}
-            workload = self._workload(url, cell.key, cell.budget, **more)
-            run = self._measured(workload, cell.key, facts | {"seed": workload.seed, "calm_arrivals": calm})
-            settle(url, MODEL_NAME)
-            met = sum(limits.met(record) for record in limits.due(run.records, run.client))
-            _say(f"[{(time.monotonic() - self.start) / 60:.1f} min] {cell.key}: {met / o.seconds:.3f} good requests/s, "
-                 f"{run.seconds:.0f} s, budgets {run.metrics['budgets']}")  # fmt: skip
+            if cell.repeat not in limits:
+                limits[cell.repeat] = self._calibrate(running, cell.repeat)
+            self._cell(running, cell, limits[cell.repeat])
+
+    def _cell(self, running: Servers, cell: Cell, limits: Limits) -> None:
+        o, url = self.options, running.url("stock" if cell.arm == STOCK else "eos")
+        calm = self._to_ceiling(url) if cell.arm == ELASTIC else None
+        rate = cell.multiple * limits.capacity
+        more: dict[str, Any] = {"rate": rate, "window": o.seconds, "open_ramp": o.ramp}
+        # What is due as the window closes may still keep the limit.
+        more |= {"ramp_most": limits.total + 0.5, "prepare": math.ceil(1.5 * rate * (o.ramp + o.seconds)) + 8}
+        more |= {"seed": o.seed + cell.repeat}
+        facts = {"multiple": cell.multiple, "rate": rate, "arm": cell.arm, "repeat": cell.repeat}
+        workload = self._workload(url, cell.key, cell.budget, **more)
+        run = self._measured(workload, cell.key, facts | {"seed": workload.seed, "calm_arrivals": calm})
+        settle(url, MODEL_NAME)
+        met = sum(limits.met(record) for record in limits.due(run.records, run.client))
+        say(f"[{(time.monotonic() - self.start) / 60:.1f} min] {cell.key}: {met / o.seconds:.3f} good requests/s, "
+            f"{run.seconds:.0f} s, budgets {run.metrics['budgets']}")  # fmt: skip
 
     def _measured(self, workload: Workload, key: str, facts: dict[str, Any]) -> CellRun:
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        started = timestamp()
         run = run_cell(workload, self.folder / "cells" / key.replace("/", "-"))
         if failed := sorted({record.cause for record in run.records if record.cause is not None}):
             raise LocustError(f"{key}: requests failed ({', '.join(failed)}); see the server's log")
-        raw = run.to_dict()
-        self.store.save(key, {"key": key, **facts, "started": started, **raw, "metrics": summed(raw["metrics"])})
+        self.store.save(key, facts | {"started": started} | run.to_dict())
         return run
 
     def _to_ceiling(self, url: str) -> int:
@@ -255,10 +245,6 @@ class Sweep:
             if reply.json()["kv_transfer_params"]["eos_retain"] == ceiling:
                 return count
         raise LocustError(f"after {_CALM_MOST} lone requests the controller is not at its ceiling")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 One pair of servers, one interleaved run: stock, eos, eos, stock, and again. No part of ``make test``: it takes time.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -14,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eos_vllm.cli.server_process import ServerError
-from eos_vllm.core.errors import EosError, SettingError
-from loadtests.cell import LocustError
+from eos_vllm.core.errors import SettingError
+from loadtests.commands import command, parser_of
 from loadtests.crosscheck import by_locust
 from loadtests.grid import Kind, Load
 from loadtests.questions import export_benchmark
-from loadtests.settings import Workload, at_least_one
+from loadtests.settings import Workload, above_zero, at_least_one
 from loadtests.subjects import serving, speed_subject
 from loadtests.sweep_options import EAGER, PROMPT_CHARACTERS, SweepOptions
 
@@ -50,8 +48,7 @@ def read_floor(path: Path) -> Floor:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise SettingError("floor", path.name, f"it is no floor ({type(e).__name__}: {e})", remedy) from None
     at_least_one("floor.budget", floor.budget)
-    if not floor.ratio > 0:
-        raise SettingError("floor.ratio", floor.ratio, "it must be above 0", remedy)
+    above_zero("floor.ratio", floor.ratio, remedy)
     return floor
 
 
@@ -82,30 +79,22 @@ def decide(seconds: Sequence[dict[Kind, float]], floor: Floor, failed: int = 0) 
     return Decision(True, f"{text}; the floor is {floor.ratio:.2f}")
 
 
+@command("guard")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the guard; 0 if it holds, 1 if not, 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.guard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("guard", __doc__)
     parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--concurrency", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=8, help="per turn (default: %(default)s)")
     parser.add_argument("--floor", type=Path, default=FLOOR, help="JSON file of the floor (default: the committed one)")
     args = parser.parse_args(argv)
-    try:
-        for name in ("rounds", "concurrency", "requests"):
-            at_least_one(name, getattr(args, name))
-        floor = read_floor(args.floor)
-        options = SweepOptions(
-            Path(), preset=floor.preset, scenarios=("single",), loads=(Load(args.concurrency),), server_arguments=EAGER
-        )
-        seconds, failed = measure(options, floor, args.requests, args.rounds)
-    except EosError as e:
-        print(f"loadtests.guard: error: {e}", file=sys.stderr)
-        return 2
-    except (ServerError, LocustError) as e:
-        print(f"loadtests.guard: {e}", file=sys.stderr)
-        return 1
+    for name in ("rounds", "concurrency", "requests"):
+        at_least_one(name, getattr(args, name))
+    floor = read_floor(args.floor)
+    options = SweepOptions(
+        Path(), preset=floor.preset, scenarios=("single",), loads=(Load(args.concurrency),), server_arguments=EAGER
+    )
+    seconds, failed = measure(options, floor, args.requests, args.rounds)
     decision = decide(seconds, floor, failed)
     print(f"loadtests.guard: {'passes' if decision.passes else 'FAILS'}: {decision.text}")
     return 0 if decision.passes else 1

@@ -4,14 +4,13 @@ python -m loadtests.report results/loadtest-cpu                 # writes report/
 python -m loadtests.report results/loadtest-cpu --markdown      # prints the README's tables as well
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eos_vllm.core.errors import EosError
 from loadtests.chart import draw
+from loadtests.commands import command, parser_of
 from loadtests.measures import SLO, parse_slo
 from loadtests.results import Results
 from loadtests.tables import full_table, ratio_table, sentences, turns_table
@@ -19,22 +18,17 @@ from loadtests.tables import full_table, ratio_table, sentences, turns_table
 FIGURE, PAGE = "speed.png", "report.md"
 
 
+@command("report")
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the report; 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("report", __doc__)
     parser.add_argument("results", type=Path, nargs="?", default=Path("runs/loadtest"))
     parser.add_argument("--slo", default=None, help=f"limits of goodput in milliseconds (default: {SLO})")
     parser.add_argument("--out", type=Path, default=None, help="folder of the report (default: report in the results)")
     parser.add_argument("--markdown", action="store_true", help="print the README's tables, too")
     args = parser.parse_args(argv)
-    try:
-        results = Results(args.results, parse_slo(args.slo) if args.slo else SLO)
-        page = write_report(results, args.out or args.results / "report")
-    except EosError as e:
-        print(f"loadtests.report: error: {e}", file=sys.stderr)
-        return 2
+    results = Results(args.results, parse_slo(args.slo) if args.slo else SLO)
+    page = write_report(results, args.out or args.results / "report")
     print(readme(results) if args.markdown else page)
     return 0
 

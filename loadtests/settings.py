@@ -101,8 +101,8 @@ class Workload:
                 at_least_one(name, getattr(self, name))
         for name in ("rate", "seconds", "timeout", "window", "window_most", "open_ramp", "ramp_most"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SettingError(name, value, "it must be above 0", "leave it out, or give a positive number")
+            if value is not None:
+                above_zero(name, value, "leave it out, or give a positive number")
         if self.window is not None and (self.requests is not None or self.seconds is not None):
             remedy = "give either a window, or requests or seconds"
             raise SettingError("window", self.window, "a steady state ends with its window", remedy)
@@ -160,6 +160,16 @@ def at_least_one(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingError(name, value, "it must be a whole number of 1 or more", "give 1 or more")
+
+
+def above_zero(name: str, value: float, remedy: str) -> None:
+    """Refuses what is not above 0.
+
+    Raises:
+        SettingError: names the setting.
+    """
+    if not value > 0:
+        raise SettingError(name, value, "it must be above 0", remedy)
 
 
 def share(name: str, value: Any) -> None:

@@ -21,17 +21,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eos_vllm.cli.server_process import ServerError
-from eos_vllm.core.errors import EosError, SettingError
+from eos_vllm.core.errors import SettingError
 from eos_vllm.models import embedded
-from loadtests.cell import CellRun, LocustError
+from loadtests.cell import CellRun
+from loadtests.commands import command, parser_of
 from loadtests.grid import Kind, Load
 from loadtests.memory import growth
 from loadtests.origin import origin
 from loadtests.questions import export_benchmark
 from loadtests.replicas import Cluster, replicated
 from loadtests.servers import MODEL_NAME, Servers
-from loadtests.settings import Workload, at_least_one
+from loadtests.settings import Workload, above_zero, at_least_one
 from loadtests.soak_checks import checks
 from loadtests.soak_run import counted, soaked_by
 from loadtests.subjects import Subject, server_spec, serving, speed_subject
@@ -52,11 +52,10 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": 
 _IMAGES = 200
 
 
+@command("soak")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a soak; 0 if all checks hold, 1 if not or if something failed, 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=None, help="end after so many instead")
     parser.add_argument("--replicas", type=int, default=1, help="behind vLLM's router (default: %(default)s)")
@@ -68,23 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--malformed", type=float, default=0.05, help="share of broken requests (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
-        if args.minutes <= 0:
-            raise SettingError("minutes", args.minutes, "it must be above 0", "give 30")
-        at_least_one("concurrency", args.concurrency)
-        at_least_one("replicas", args.replicas)
-        for name in ("requests", "stock_requests"):
-            if getattr(args, name) is not None:
-                at_least_one(name, getattr(args, name))
-        if args.replicas > 1 and args.requests is None:
-            raise SettingError("requests", None, "several replicas are soaked by number", "give 10000")
-        result = soak(args)
-    except EosError as e:
-        print(f"loadtests.soak: error: {e}", file=sys.stderr)
-        return 2
-    except (ServerError, LocustError) as e:
-        print(f"loadtests.soak: {e}", file=sys.stderr)
-        return 1
+    above_zero("minutes", args.minutes, "give 30")
+    at_least_one("concurrency", args.concurrency)
+    at_least_one("replicas", args.replicas)
+    for name in ("requests", "stock_requests"):
+        if getattr(args, name) is not None:
+            at_least_one(name, getattr(args, name))
+    if args.replicas > 1 and args.requests is None:
+        raise SettingError("requests", None, "several replicas are soaked by number", "give 10000")
+    result = soak(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for check in result["checks"]:

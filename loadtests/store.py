@@ -60,8 +60,8 @@ class Store:
         return self._file(key).is_file()
 
     def save(self, key: str, cell: dict[str, Any]) -> None:
-        """Keeps a measured cell."""
-        _write(self._file(key), cell)
+        """Keeps a measured cell, its key in front of all else."""
+        _write(self._file(key), {"key": key, **cell})
 
     def cells(self) -> list[dict[str, Any]]:
         """All measured cells, by key.

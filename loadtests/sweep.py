@@ -7,25 +7,21 @@ Each cell is one locust run; what it gave is written before the next begins. Fir
 those that are close to stock again. A sweep that was stopped, or ran out of minutes, goes on with the same command.
 """
 
-import argparse
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from eos_vllm.cli.server_process import ServerError
-from eos_vllm.core.errors import EosError
+from eos_vllm.provenance import timestamp
 from loadtests.cell import CellRun, LocustError, run_cell, settle
+from loadtests.commands import command, parser_of, say
 from loadtests.figures import Steady
 from loadtests.grid import SCENARIOS, STOCK, Cell, Kind, Load, cells_of
 from loadtests.origin import origin
 from loadtests.questions import export_benchmark
 from loadtests.results import Results
-from loadtests.server_metrics import summed
 from loadtests.servers import GivenServers, Servers
 from loadtests.settings import Workload
 from loadtests.store import Store
@@ -38,35 +34,16 @@ _IMAGES = 200
 _PREPARED, _PREPARED_LEAST = 8, 32
 
 
+@command("sweep", resumable=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a sweep; 0 at its end, 1 if a server or locust failed, 2 for a mistake, 130 when stopped."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtests.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/loadtest"), help="default: %(default)s")
+    parser = parser_of("sweep", __doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with tempfile.TemporaryDirectory(prefix="eos-sweep-") as folder:
-            Sweep(options_of(args), Path(folder)).run()
-    except EosError as e:
-        print(f"loadtests.sweep: error: {e}", file=sys.stderr)
-        return 2
-    except (ServerError, LocustError) as e:
-        print(f"loadtests.sweep: {e}\nThe same command goes on from here.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("loadtests.sweep: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with tempfile.TemporaryDirectory(prefix="eos-sweep-") as folder:
+        Sweep(options_of(args), Path(folder)).run()
     print(f"raw results in {args.out}; table and figure: python -m loadtests.report {args.out} --markdown")
     return 0
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 class Sweep:
@@ -100,13 +77,13 @@ class Sweep:
         if not todo:
             self.store.note(seconds=0)
             return
-        _say("starting servers")
+        say("starting servers")
         with serving(self.options, self.subject, kinds=kinds) as (servers, name):
             self.servers, self.name = servers, name
             self.warm: set[tuple[str, str]] = set()
             while todo:
                 if todo[0].repeat > 1 and self._gone() > 60 * self.options.minutes:
-                    _say(f"{self.options.minutes:g} minutes are over: further repeats are left to the same command")
+                    say(f"{self.options.minutes:g} minutes are over: further repeats are left to the same command")
                     self.store.note(left_out=f"repeats from {todo[0].repeat} on: the minutes were over")
                     break
                 self._round(todo)
@@ -175,7 +152,7 @@ class Sweep:
         for cell in self._cells(1):
             if cell.kind == kind and (url, cell.setting) not in self.warm:
                 self.warm.add((url, cell.setting))
-                _say(f"warming up: {cell.setting}")
+                say(f"warming up: {cell.setting}")
                 label = f"warm up {cell.setting}"
                 warm_up(self._workload(url, "single", Load(), cell.budgets, label), self.options.scenarios)
         return url
@@ -188,17 +165,16 @@ class Sweep:
         seed = self.options.seed + cell.repeat
         workload = self._workload(url, cell.scenario, cell.load, cell.budgets, cell.key)
         workload = Workload.from_dict(workload.to_dict() | {"seed": seed})
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        started = timestamp()
         run = run_cell(workload, self.folder / "cells" / cell.key.replace("/", "-"))
         if not any(record.good for record in run.records):
             causes = sorted({record.cause or "cut off" for record in run.records})
             raise LocustError(f"{cell.key}: no request was answered ({', '.join(causes) or 'none was sent'})")
-        raw = run.to_dict()
         settle(url, self.name)
         facts = {"scenario": cell.scenario, "load": asdict(cell.load), "setting": cell.setting, "repeat": cell.repeat}
         facts |= {"seed": seed, "started": started}
-        self.store.save(cell.key, {"key": cell.key, **facts, **raw, "metrics": summed(raw["metrics"])})
-        _say(f"{head} {cell.key}: {_line(run)}")
+        self.store.save(cell.key, facts | run.to_dict())
+        say(f"{head} {cell.key}: {_line(run)}")
 
 
 def _line(run: CellRun) -> str:
@@ -209,10 +185,6 @@ def _line(run: CellRun) -> str:
     )
     text += f" after {steady.opened:.1f} s"
     return text + (f", {failed} FAILED" if failed else "")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

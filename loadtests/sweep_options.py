@@ -10,6 +10,7 @@ from typing import Any
 
 from eos_vllm.analysis.cost import DTYPE_BYTES
 from eos_vllm.core.errors import SettingError
+from loadtests.commands import add_option
 from loadtests.grid import (
     RESTRICTED,
     SCENARIOS,
@@ -20,7 +21,7 @@ from loadtests.grid import (
     parse_numbers,
     parse_scenarios,
 )
-from loadtests.settings import at_least_one
+from loadtests.settings import above_zero, at_least_one
 
 # With the 19 tokens that LLaVA's template adds, 88 tokens of text: the prompt of the design's ceilings.
 PROMPT_CHARACTERS = 69
@@ -80,9 +81,7 @@ class SweepOptions:
         if self.kv_bytes is not None:
             at_least_one("kv_bytes", self.kv_bytes)
         for name in _POSITIVE:
-            value = getattr(self, name)
-            if not value > 0:
-                raise SettingError(name, value, "it must be above 0", f"give {getattr(SweepOptions, name):g}")
+            above_zero(name, getattr(self, name), f"give {getattr(SweepOptions, name):g}")
         if self.window_most < self.seconds:
             remedy = "give as many seconds as the window has at least, or more"
             raise SettingError("window_most", self.window_most, f"it is below seconds={self.seconds:g}", remedy)
@@ -161,47 +160,45 @@ def _described(rows: Path) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sweep's command line."""
     default = SweepOptions(Path())
+
+    def option(group: Any, name: str, text: str) -> None:
+        add_option(group, name, getattr(default, name), text)
+
+    parser.add_argument("--out", type=Path, default=Path("runs/loadtest"), help="default: %(default)s")
     what = parser.add_argument_group("what is measured")
-
-    def number(group: Any, flag: str, text: str) -> None:
-        value = getattr(default, flag.lstrip("-").replace("-", "_"))
-        group.add_argument(flag, type=type(value), default=value, help=f"{text} (default: %(default)s)")
-
     what.add_argument("--budgets", default=",".join(map(str, default.budgets)), help="default: %(default)s")
     what.add_argument("--scenarios", default=",".join(default.scenarios), help="default: %(default)s")
     what.add_argument("--concurrency", default="1,8,24", help="users of the closed loop (default: %(default)s)")
     what.add_argument("--rates", default=None, help="visits/s of an open loop with Poisson arrivals, instead of users")
     what.add_argument("--restricted", action="store_true", help="stock without prefix caching and chunked prefill, too")
-    number(what, "--repeats", "of every cell")
-    number(what, "--repeats-close", "of settings whose figures are close to stock's")
-    number(what, "--minutes", "start no further repeat later; the first one is always measured")
-    number(what, "--seconds", "of a window at least")
-    number(what, "--per-user", "visits for each user that a window holds at least; one for each of the first 8")
-    number(what, "--window-most", "seconds of a window at most")
-    number(what, "--ramp-most", "seconds in front of a window at most")
-    number(what, "--seed", "of all draws")
+    option(what, "repeats", "of every cell")
+    option(what, "repeats_close", "of settings whose figures are close to stock's")
+    option(what, "minutes", "start no further repeat later; the first one is always measured")
+    option(what, "seconds", "of a window at least")
+    option(what, "per_user", "visits for each user that a window holds at least; one for each of the first 8")
+    option(what, "window_most", "seconds of a window at most")
+    option(what, "ramp_most", "seconds in front of a window at most")
+    option(what, "seed", "of all draws")
     ask = parser.add_argument_group("what is asked")
     ask.add_argument("--rows", type=Path, default=None, help="JSONL of questions; default: the embedded benchmark")
-    number(ask, "--output-tokens", "of each answer")
+    option(ask, "output_tokens", "of each answer")
     ask.add_argument("--natural", action="store_true", help="let answers end where the model ends them")
-    ask.add_argument(
-        "--prompt-characters", type=int, default=PROMPT_CHARACTERS, help="0: as they are (default: %(default)s)"
-    )
-    number(ask, "--system-characters", "of the shared system prompt")
-    number(ask, "--long-characters", "of the text in front of long_text questions")
+    option(ask, "prompt_characters", "0: as they are")
+    option(ask, "system_characters", "of the shared system prompt")
+    option(ask, "long_characters", "of the text in front of long_text questions")
     serve = parser.add_argument_group("who answers")
-    serve.add_argument("--preset", default=default.preset, help="random weights of this shape (default: %(default)s)")
+    option(serve, "preset", "random weights of this shape")
     serve.add_argument("--model", default=None, help="model directory instead")
-    serve.add_argument("--profile", default=default.profile, help="scaled to the model's depth (default: %(default)s)")
-    number(serve, "--dtype", "of weights and KV cache")
-    number(serve, "--max-model-len", "longest prompt and answer in tokens")
+    option(serve, "profile", "scaled to the model's depth")
+    option(serve, "dtype", "of weights and KV cache")
+    option(serve, "max_model_len", "longest prompt and answer in tokens")
     serve.add_argument("--kv-bytes", type=int, default=None, help="KV cache of each server (default: room for all)")
     serve.add_argument("--server-arguments", default="", help="further flags of both, e.g. '--load-format dummy'")
     serve.add_argument("--serial", action="store_true", help="one server at a time, where two don't fit")
     serve.add_argument("--stock-url", default=None, help="a running stock server, with --eos-url and --served-name")
     serve.add_argument("--eos-url", default=None)
     serve.add_argument("--served-name", default=None)
-    number(serve, "--wait", "seconds for given servers to become healthy")
+    option(serve, "wait", "seconds for given servers to become healthy")
 
 
 def options_of(args: argparse.Namespace) -> SweepOptions:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from load_builders import metrics, record
 
+from eos_vllm.core.errors import SettingError
 from loadtests import elastic_report, elastic_sweep
 from loadtests.cell import CellRun
-from loadtests.elastic_cells import CAPACITY, UNLOADED, Limits, Options, cells_of
+from loadtests.elastic_cells import Limits, Options, cells_of
 from loadtests.elastic_results import ElasticResults, tables
 from loadtests.settings import Workload
 from loadtests.store import Store
@@ -91,7 +92,9 @@ def test_settings_take_turns_and_share_their_arrivals(tmp_path: Path) -> None:
     runs = Runs()
     assert swept(tmp_path / "out", runs, "--repeats", "2") == 0
     asked = ["accuracy/576", *(f"accuracy/{budget}" for budget in (192, 133, 92, 64))]
-    assert runs.keys[:7] == [*asked, UNLOADED, CAPACITY]
+    assert runs.keys[:7] == [*asked, "calibration/unloaded", "calibration/capacity"]
+    assert runs.keys[15:17] == ["calibration/unloaded/r2", "calibration/capacity/r2"], "each repeat has its own"
+    del runs.workloads[15:17]
     assert runs.keys[7:] == [cell.key for cell in cells_of(Options(multiples=(0.5, 2.0), repeats=2))]
     assert [key.split("/")[2] for key in runs.keys[7:11]] == ["stock", "192", "64", "elastic"]
     assert [key.split("/")[2] for key in runs.keys[15:19]] == ["elastic", "64", "192", "stock"]
@@ -140,6 +143,9 @@ def test_mistakes_are_one_line(
 def test_limits_count_from_when_a_request_was_due(folder: Path) -> None:
     limits = Limits.of(Store(folder), 3.0)
     assert (limits.capacity, limits.ttft, limits.total) == (pytest.approx(1.0), 3.0, pytest.approx(4.2))
+    assert Limits.of(Store(folder), 3.0, repeat=2) == limits
+    with pytest.raises(SettingError, match="unloaded/r3"):
+        Limits.of(Store(folder), 3.0, repeat=3)
     good = record(0, started=5.0, ttft=2.0, tpot=0.1)
     assert limits.met(good)
     assert not limits.met(replace(good, late=1.1)), "its first token came late from when it was due"

@@ -1,5 +1,7 @@
 """Rows, points Theta and settings for the tests of the search."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,14 @@ import torch
 from PIL import Image
 
 from eos_search.examples import Encoder, Prepared, Row, prepare
+from eos_search.loop import Trainer
+from eos_search.run import run_search
 from eos_search.settings import SearchSettings, read_settings
 from eos_search.structure import Rules
 from eos_search.theta import KINDS, Theta
 from eos_vllm.core.profile import ImportanceSpec, ModelSpec, OperatorSpec
 from eos_vllm.models.images import sample_image
+from support.interruptions import before_call, broken_off
 
 LAYERS, VISUAL = 6, 36
 PROMPT, ANSWER = "USER: <image>\n{question} ASSISTANT:", " {answer}"
@@ -84,3 +89,18 @@ def make_settings(model: Path, output: Path, /, **changes: Any) -> SearchSetting
         "checkpoint_every": 2,
     }
     return read_settings(config | changes)
+
+
+def _at(step: int) -> Callable[..., bool]:
+    return lambda trainer, *_, **__: trainer.scheduler.last_epoch == step
+
+
+def before_step(step: int, action: Callable[[], object]) -> AbstractContextManager[None]:
+    """Does ``action`` in front of this step of a search, counted from 0."""
+    return before_call(Trainer, "step", _at(step), action)
+
+
+def kill_at(step: int, settings: SearchSettings) -> None:
+    """Runs a search up to this step, counted from 0, where it is killed: no checkpoint is written for that."""
+    with broken_off(Trainer, "step", _at(step), RuntimeError("killed")):
+        run_search(settings, quiet=True)

@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_cases import VISUAL, make_example, make_row, make_rules, make_settings, make_theta
+from search_cases import VISUAL, kill_at, make_example, make_row, make_rules, make_settings, make_theta
 
 from eos_search.lagrangian import WIDEST, BudgetMultiplier, band, project
-from eos_search.loop import Trainer
 from eos_search.measures import SearchMeasure, tokens_of
 from eos_search.objective import Objective, reference_rows, task_terms, tokens_left
 from eos_search.relaxed import RelaxedModel
@@ -153,21 +152,11 @@ def test_the_penalty_alone_does_not_meet_it(small_path: Path, tmp_path: Path) ->
     assert "multiplier" not in result.records[0]["terms"]
 
 
-def test_the_multiplier_goes_on_where_it_was(small_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_multiplier_goes_on_where_it_was(small_path: Path, tmp_path: Path) -> None:
     whole = run_search(make_settings(small_path, tmp_path / "whole", **MET), quiet=True)
     assert whole.records[-1]["terms"]["multiplier"] != 0
     settings = make_settings(small_path, tmp_path / "run", **MET)
-    plain = Trainer.step
-
-    def step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if self.scheduler.last_epoch == 5:
-            raise RuntimeError("killed")
-        return plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(RuntimeError, match="killed"):
-        run_search(settings, quiet=True)
-    monkeypatch.undo()
+    kill_at(5, settings)
     assert run_search(settings, resume=True, quiet=True).records == whole.records
     assert (tmp_path / "run/theta.json").read_bytes() == whole.path.read_bytes()
 

@@ -1,7 +1,5 @@
 """Estimators of "how much": against differences of the hard loss, and blind to what changes no count."""
 
-import copy
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from search_cases import VISUAL, make_example, make_row, make_rules, make_settings, make_theta
+from search_cases import VISUAL, kill_at, make_rules, make_settings, make_theta
 
 from eos_search.counts import neighbours, soft_counts
 from eos_search.estimators.base import KEEP_NAMES, KeepEstimator
@@ -22,7 +20,6 @@ from eos_search.estimators.equation12 import Equation12
 from eos_search.estimators.ghosts import Ghosts
 from eos_search.examples import Prepared
 from eos_search.flow import Flow, Reduction, Run
-from eos_search.loop import Trainer
 from eos_search.objective import Objective, TaskTerms, reference_rows, task_terms
 from eos_search.relaxed import Relaxation, RelaxedModel
 from eos_search.run import run_search
@@ -32,7 +29,6 @@ from eos_search.theta import KINDS, Theta, ThetaValues
 from eos_vllm.core.budget import kept_counts
 from eos_vllm.core.errors import SettingError
 
-Small = tuple[Any, Any]
 Exact = tuple[Any, Prepared]
 OBJECTIVE = Objective(6, 3, VISUAL, (2, 3, 5), lambda_align=0.5)
 SHARES = st.lists(st.floats(0.05, 0.95), min_size=3, max_size=3)
@@ -46,24 +42,6 @@ class Nothing:
 
     def slopes(self, run: Run, row: int, loss: Callable[[int, int], float]) -> torch.Tensor | None:
         return None
-
-
-@pytest.fixture
-def exact(small: Small, monkeypatch: pytest.MonkeyPatch) -> Exact:
-    """The model and an example in float64, with nothing on the way rounded to float32."""
-    model = copy.deepcopy(small[0]).double()
-    example = make_example(small, make_row(4), make_rules())
-    example = replace(example, embeddings=example.embeddings.double(), weights=example.weights.double())
-
-    def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + module.variance_epsilon)
-        return module.weight * hidden * scale
-
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = functools.partial(norm, module)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    return model, example
 
 
 def terms(
@@ -330,9 +308,7 @@ def test_counts_that_cannot_move_have_no_gradient(exact: Exact) -> None:
         assert name == "eq12_served" or (found["discard"] == 0).all()
 
 
-def test_a_search_takes_its_estimator_and_goes_on_with_it(
-    small_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_takes_its_estimator_and_goes_on_with_it(small_path: Path, tmp_path: Path) -> None:
     """Budgets in turn, differences at every second row; killed, it ends in the same bytes."""
     changes: dict[str, Any] = {"serve_budgets": (20, 6), "keep_every": 2, "keep_width": 0.2, "steps": 4, "samples": 8}
     ends = {}
@@ -340,18 +316,8 @@ def test_a_search_takes_its_estimator_and_goes_on_with_it(
         result = run_search(make_settings(small_path, tmp_path / name, keep_estimator=name, **changes), quiet=True)
         ends[name] = tuple(reducer.discard for reducer in result.profile.reducers)
     assert len(set(ends.values())) == len(KEEP_NAMES)
-    plain = Trainer.step
-
-    def step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if self.scheduler.last_epoch == 3:
-            raise RuntimeError("killed")
-        return plain(self, *args, **kwargs)
-
     settings = make_settings(small_path, tmp_path / "run", keep_estimator="differences", **changes)
-    monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(RuntimeError, match="killed"):
-        run_search(settings, quiet=True)
-    monkeypatch.undo()
+    kill_at(3, settings)
     again = run_search(settings, resume=True, quiet=True)
     assert again.path.read_bytes() == (tmp_path / "differences/theta.json").read_bytes()
     with pytest.raises(SettingError, match="keep_estimator='eq13'"):

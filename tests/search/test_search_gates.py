@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from search_cases import make_rules, make_settings, make_theta
+from search_cases import kill_at, make_rules, make_settings, make_theta
 
 from eos_search.loop import Trainer
 from eos_search.main import main
@@ -50,20 +50,10 @@ def test_gates_start_where_they_are_told_and_harden(small_path: Path, tmp_path: 
     assert result.profile.reducers[0].gate == pytest.approx(sharp, abs=1e-6)
 
 
-def test_a_schedule_goes_on_where_it_was(small_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schedule_goes_on_where_it_was(small_path: Path, tmp_path: Path) -> None:
     whole = run_search(make_settings(small_path, tmp_path / "whole", **SOFT), quiet=True)
     settings = make_settings(small_path, tmp_path / "run", **SOFT)
-    plain = Trainer.step
-
-    def step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if self.scheduler.last_epoch == 3:
-            raise RuntimeError("killed")
-        return plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(RuntimeError, match="killed"):
-        run_search(settings, quiet=True)
-    monkeypatch.undo()
+    kill_at(3, settings)
     assert run_search(settings, resume=True, quiet=True).records == whole.records
     assert (tmp_path / "run/theta.json").read_bytes() == whole.path.read_bytes()
 

@@ -1,8 +1,5 @@
 """Gradients of the relaxed forward: where they are, and that they are the derivative where there is one."""
 
-import copy
-import functools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,24 +35,6 @@ def gradient(model: Any, example: Prepared, theta: Theta, rules: Rules, **option
     task_loss(model, example, ThetaValues(table), rules, **options).backward()
     assert table.grad is not None
     return dict(zip(KINDS, table.grad.unbind(dim=1), strict=True))
-
-
-@pytest.fixture
-def exact(small: Small, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Prepared]:
-    """The model and an example in float64, with nothing on the way rounded to float32."""
-    model = copy.deepcopy(small[0]).double()
-    example = make_example(small, make_row(4), make_rules())
-    example = replace(example, embeddings=example.embeddings.double(), weights=example.weights.double())
-
-    def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + module.variance_epsilon)
-        return module.weight * hidden * scale
-
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = functools.partial(norm, module)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    return model, example
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,8 @@
 """Plans and choices in a real server: mounted by ``--eos-page``, behind the key, of that server's own sizes."""
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -16,11 +13,12 @@ from eos_vllm.models import embedded
 from eos_vllm.serving.options import KEY as OPTIONS
 from eos_vllm.serving.options import resolve_options
 from eos_vllm.serving.plan_endpoint import kv_dtype, plan_context
+from support.flags import BASE
 from support.profiles import make_profile
+from support.servers import fetch
 
 KEY, PROFILE = "right-key", "embedded-searched"
-FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
-FLAGS += ["--block-size", "32", "--api-key", KEY, "--eos-profile", PROFILE, "--eos-page"]
+FLAGS = [*BASE, "--block-size", "32", "--api-key", KEY, "--eos-profile", PROFILE, "--eos-page"]
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +28,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def ask(server: Server, path: str, body: Any = None, key: str | None = KEY) -> tuple[int, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{server.url}{path}", data, {"Authorization": f"Bearer {key}"} if key else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
 @pytest.mark.serving
 def test_a_servers_plans_are_those_of_the_command_line(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", str(embedded.path()), "--dtype", "float32", "--block-size", "32"]
     assert main(["plan", "--profile", PROFILE, *model, "--retain", "64", "192", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["plans"]
-    code, found = ask(server, "/eos/plan", {"budgets": [64, 192]})
+    code, found = fetch(server, "/eos/plan", KEY, {"budgets": [64, 192]})
     assert code == 200
     assert (found["dtype"], found["block_size"]) == ("float32", 32)
     assert [plan["counts"] for plan in found["plans"]] == [plan["counts"] for plan in told]
@@ -56,7 +44,7 @@ def test_a_servers_plans_are_those_of_the_command_line(server: Server, capsys: p
 
 @pytest.mark.serving
 def test_a_server_recommends_for_itself(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = ask(server, "/eos/choices?kv_gib=1&concurrency=64&accuracy_floor=0.95")
+    code, found = fetch(server, "/eos/choices?kv_gib=1&concurrency=64&accuracy_floor=0.95", KEY)
     assert code == 200
     assert {p["profile"] for p in found["points"] if p["served_here"]} == {PROFILE}
     asked = ["--kv-gib", "1", "--concurrency", "64", "--accuracy-floor", "0.95", "--dtype", "float32", "--json"]
@@ -67,9 +55,9 @@ def test_a_server_recommends_for_itself(server: Server, capsys: pytest.CaptureFi
 @pytest.mark.serving
 def test_a_server_asks_for_the_key(server: Server) -> None:
     for key in (None, "other"):
-        for found in (ask(server, "/eos/choices", key=key), ask(server, "/eos/plan", {"budgets": [64]}, key)):
+        for found in (fetch(server, "/eos/choices", key), fetch(server, "/eos/plan", key, {"budgets": [64]})):
             assert found == (401, {"error": "Unauthorized"})
-    code, found = ask(server, "/eos/plan", {"budgets": [0]})
+    code, found = fetch(server, "/eos/plan", KEY, {"budgets": [0]})
     assert code == 400
     assert found["error"].startswith("budgets=0: a retain budget is at least 1")
 

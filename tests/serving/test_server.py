@@ -1,7 +1,6 @@
 """A real ``vllm serve --eos-profile``: right answers, bad requests, aborts, metrics. One start for all."""
 
 import concurrent.futures
-import json
 import re
 import threading
 import time
@@ -14,40 +13,32 @@ import pytest
 
 from eos_search.reference import ReferenceModel
 from eos_vllm.cli.demo import counter
-from eos_vllm.cli.server_process import Server, serve
-from eos_vllm.models.images import sample_image, to_data_url
+from eos_vllm.cli.server_process import Server
+from eos_vllm.models.images import sample_image
 from support.profiles import make_profile
+from support.servers import client_of, messages, serve_profile, tiny_flags
 
 pytestmark = pytest.mark.serving
 PROFILE = make_profile(operator_values={"gamma": 0.2, "tau": 0.3, "theta": 0.1, "rho": 0.4, "nu": 0.2})
-FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(128 << 20)]
-FLAGS += ["--served-model-name", "tiny", "--block-size", "32", "--limit-mm-per-prompt", '{"image": 2}']
-FLAGS += ["--max-num-batched-tokens", "1280"]  # two images and a short question
+# Two images and a short question.
+FLAGS = tiny_flags("--limit-mm-per-prompt", '{"image": 2}', "--max-num-batched-tokens", "1280", kv_mib=128)
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    theta = folder / "theta.json"
-    theta.write_text(json.dumps(PROFILE.to_dict()))
     environment = {"VLLM_LOG_STATS_INTERVAL": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with serve(tiny_model, [*FLAGS, "--eos-profile", str(theta)], folder / "log", environment) as running:
+    with serve_profile(tiny_model, PROFILE, FLAGS, tmp_path_factory.mktemp("server"), **environment) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return client_of(server)
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path) -> ReferenceModel:
     return ReferenceModel.from_pretrained(str(tiny_model), PROFILE, block=32)
-
-
-def messages(question: str, *seeds: int) -> list[Any]:
-    content: list[Any] = [{"type": "image_url", "image_url": {"url": to_data_url(sample_image(s))}} for s in seeds]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
 def chat(client: openai.OpenAI, chat_messages: list[Any], retain: Any = None, **settings: Any) -> Any:

@@ -12,9 +12,10 @@ import pytest
 
 from eos_search.reference import ReferenceModel
 from eos_vllm.cli.demo import counter
-from eos_vllm.cli.server_process import Server, serve
+from eos_vllm.cli.server_process import Server
 from eos_vllm.core.profile import parse_profile
-from eos_vllm.models.images import sample_image, to_data_url
+from eos_vllm.models.images import sample_image
+from support.servers import client_of, messages, serve_profile, tiny_flags
 
 pytestmark = pytest.mark.serving
 _PRUNE = {"gate": 1.0, "discard": 0.8, "gamma": 0.2, "tau": 0.2, "theta": 0.0, "rho": 0.0, "nu": 0.5}
@@ -27,37 +28,27 @@ PROFILE = parse_profile(
         "budget": {"measure": "layer_average", "tokens": 64},
     }
 )
-FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(128 << 20)]
-FLAGS += ["--served-model-name", "tiny", "--block-size", "32", "--limit-mm-per-prompt", '{"image": 2}']
+FLAGS = tiny_flags("--limit-mm-per-prompt", '{"image": 2}', "--enable-prompt-tokens-details", kv_mib=128)
 # So small that images are split over steps, as stock vLLM may.
-FLAGS += ["--max-num-batched-tokens", "640", "--enable-prompt-tokens-details"]
+FLAGS += ["--max-num-batched-tokens", "640"]
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    theta = folder / "theta.json"
-    theta.write_text(json.dumps(PROFILE.to_dict()))
     environment = {"VLLM_LOG_STATS_INTERVAL": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with serve(tiny_model, [*FLAGS, "--eos-profile", str(theta)], folder / "log", environment) as running:
+    with serve_profile(tiny_model, PROFILE, FLAGS, tmp_path_factory.mktemp("server"), **environment) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return client_of(server)
 
 
 def ask(client: openai.OpenAI, question: str, seeds: tuple[int, ...], retain: Any = None, **body: Any) -> Any:
-    content: list[Any] = [{"type": "image_url", "image_url": {"url": to_data_url(sample_image(s))}} for s in seeds]
     extra = {**({} if retain is None else {"vllm_xargs": {"eos_retain": retain}}), **body}
-    return client.chat.completions.create(
-        model="tiny",
-        messages=[{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
-        max_tokens=16,
-        temperature=0,
-        extra_body=extra,
-    )
+    chat = messages(question, *seeds)
+    return client.chat.completions.create(model="tiny", messages=chat, max_tokens=16, temperature=0, extra_body=extra)
 
 
 def test_budgets_reach_the_processor_and_answers_are_the_references(client: openai.OpenAI, tiny_model: Path) -> None:

@@ -3,9 +3,9 @@
 import json
 import signal
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +17,33 @@ from eos_vllm.cli.demo import counter
 from eos_vllm.cli.server_process import Server, serve
 from eos_vllm.core.plan import Planner
 from eos_vllm.core.profile import profile_digest
-from eos_vllm.models.images import sample_image, to_data_url
 from support import broken_proof
 from support.profiles import make_profile
+from support.servers import client_of, fetch, messages, serve_profile, tiny_flags
 
 pytestmark = pytest.mark.serving
 PROFILE = make_profile()
 KEY = "right-key"
-FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
-FLAGS += ["--served-model-name", "tiny", "--block-size", "32", "--api-key", KEY]
+FLAGS = tiny_flags("--api-key", KEY)
+get = partial(fetch, key=KEY)
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("status")
-    theta = folder / "theta.json"
-    theta.write_text(json.dumps(PROFILE.to_dict(), indent=1))
-    environment = {"VLLM_LOGGING_LEVEL": "INFO", **broken_proof.install(folder / "plugin")}
-    with serve(tiny_model, [*FLAGS, "--eos-profile", str(theta)], folder / "log", environment) as running:
+    environment = broken_proof.install(folder / "plugin")
+    with serve_profile(tiny_model, PROFILE, FLAGS, folder, VLLM_LOGGING_LEVEL="INFO", **environment) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+    return client_of(server, KEY)
 
 
 def ask(client: openai.OpenAI, seed: int, retain: Any = None) -> None:
-    image = {"type": "image_url", "image_url": {"url": to_data_url(sample_image(seed))}}
-    content: list[Any] = [image, {"type": "text", "text": "What?"}]
     extra = {} if retain is None else {"vllm_xargs": {"eos_retain": retain}}
-    client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": content}], max_tokens=4, extra_body=extra
-    )
-
-
-def get(server: Server, path: str, key: str | None = KEY) -> tuple[int, Any]:
-    """Status code and body."""
-    request = urllib.request.Request(f"{server.url}{path}")
-    if key is not None:
-        request.add_header("Authorization", f"Bearer {key}")
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
+    client.chat.completions.create(model="tiny", messages=messages("What?", seed), max_tokens=4, extra_body=extra)
 
 
 def status_when(server: Server, holds: Callable[[int, Any], bool]) -> tuple[int, Any]:
@@ -86,8 +68,8 @@ def in_workers(server: Server, method: str, *args: str) -> None:
 
 @pytest.mark.parametrize("path", ["/eos/status", "/v1/models"])
 def test_it_takes_the_key_that_the_api_takes(path: str, server: Server) -> None:
-    assert get(server, path, None) == (401, {"error": "Unauthorized"})
-    assert get(server, path, "wrong-key") == (401, {"error": "Unauthorized"})
+    assert get(server, path, key=None) == (401, {"error": "Unauthorized"})
+    assert get(server, path, key="wrong-key") == (401, {"error": "Unauthorized"})
     assert get(server, path)[0] == 200
 
 

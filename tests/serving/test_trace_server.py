@@ -1,8 +1,6 @@
 """What a real server tells a client of its request: ``GET /eos/trace/{id}``, and the budget that was chosen for it."""
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,60 +8,48 @@ from typing import Any
 import openai
 import pytest
 
-from eos_vllm.cli.server_process import Server, serve
+from eos_vllm.cli.server_process import Server
 from eos_vllm.core.plan import Planner
-from eos_vllm.models.images import sample_image, to_data_url
 from support.profiles import make_profile
+from support.servers import client_of, fetch, messages, serve_profile, tiny_flags
 
 pytestmark = pytest.mark.serving
 PROFILE = make_profile()
 KEY = "right-key"
-FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
-FLAGS += ["--served-model-name", "tiny", "--block-size", "32", "--api-key", KEY, "--eos-page"]
-FLAGS += ["--eos-elastic", "32:256"]
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("trace")
-    theta = folder / "theta.json"
-    theta.write_text(json.dumps(PROFILE.to_dict(), indent=1))
-    with serve(tiny_model, [*FLAGS, "--eos-profile", str(theta)], folder / "log") as running:
+    flags = tiny_flags("--api-key", KEY, "--eos-page", "--eos-elastic", "32:256")
+    with serve_profile(tiny_model, PROFILE, flags, tmp_path_factory.mktemp("trace")) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+    return client_of(server, KEY)
 
 
 def ask(client: openai.OpenAI, seed: int, wish: Any, budget: int | None = 32, **more: Any) -> Any:
-    image = {"type": "image_url", "image_url": {"url": to_data_url(sample_image(seed))}}
-    content: list[Any] = [image, {"type": "text", "text": "What?"}]
     return client.chat.completions.create(
         model="tiny",
-        messages=[{"role": "user", "content": content}],
+        messages=messages("What?", seed),
         max_tokens=4,
         extra_body={"vllm_xargs": {"eos_trace": wish} | ({} if budget is None else {"eos_retain": budget})},
         **more,
     )
 
 
-def get(server: Server, name: str, key: str = KEY) -> tuple[int, Any]:
-    request = urllib.request.Request(f"{server.url}/eos/trace/{name}", headers={"Authorization": f"Bearer {key}"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
+def trace(server: Server, name: str, key: str = KEY) -> tuple[int, Any]:
+    return fetch(server, f"/eos/trace/{name}", key)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_trace_by_the_response_s_id(stream: bool, client: openai.OpenAI, server: Server) -> None:
     answer = ask(client, 1 + stream, True, stream=stream)
     name = {chunk.id for chunk in answer}.pop() if stream else answer.id
-    assert get(server, name, "wrong-key")[0] == 401
-    code, found = get(server, name)
+    assert trace(server, name, "wrong-key")[0] == 401
+    code, found = trace(server, name)
     assert (code, found["id"], found["budget"]) == (200, name, "32")
     (image,) = found["images"]
     assert (image["tokens"], image["rows"], image["columns"], image["reused"]) == (576, 24, 24, False)
@@ -71,12 +57,12 @@ def test_a_trace_by_the_response_s_id(stream: bool, client: openai.OpenAI, serve
     assert [len(reducer["kept"]) for reducer in image["reducers"]] == list(counts)
     assert [segment["layer_from"] for segment in found["segments"]] == [0, 2, 4, 6]
     assert all(segment["kv_blocks"] > 0 for segment in found["segments"])
-    assert get(server, name)[0] == 404
+    assert trace(server, name)[0] == 404
 
 
 def test_what_holds_no_trace(client: openai.OpenAI, server: Server) -> None:
-    assert get(server, ask(client, 3, False).id)[0] == 404
-    code, body = get(server, "chatcmpl-nobody")
+    assert trace(server, ask(client, 3, False).id)[0] == 404
+    code, body = trace(server, "chatcmpl-nobody")
     assert code == 404
     assert "eos_trace" in body["error"]
     with pytest.raises(openai.BadRequestError, match="eos_trace"):
@@ -92,7 +78,7 @@ def test_the_chosen_budget_is_told(client: openai.OpenAI, server: Server) -> Non
     """In full answers, in streams that ask for usage, and in the trace."""
     whole = ask(client, 5, True, None)
     assert whole.kv_transfer_params == {"eos_retain": 256}
-    assert get(server, whole.id)[1]["budget"] == "256"
+    assert trace(server, whole.id)[1]["budget"] == "256"
     chunks = list(ask(client, 6, False, None, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].kv_transfer_params == {"eos_retain": 256}
     assert chunks[-1].usage.completion_tokens == 4

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-import torch
+from stopped_run import CPU, goes_on_to_the_weights_of
 
 from eos_search.training import train
 from eos_search.training.__main__ import main
@@ -19,7 +19,6 @@ STAGES = (
     Stage("full", 8, 4, 1e-3, 1e-5, (Part(2, 2), Part(2, 1, False)), 0.5),
 )
 RECIPE = replace(CLUTTER1, stages=STAGES)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -27,33 +26,11 @@ def _small(monkeypatch):
     monkeypatch.setattr(train, "validate", lambda *_: {"mean": 0.0})
 
 
-def weights(run):
-    return {name: value.clone() for name, value in run.trainee.state_dict().items()}
-
-
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     whole = Run(tmp_path / "whole", CPU, 0, RECIPE)
     whole.train()
     monkeypatch.setattr(train, "_CHECKPOINT_EVERY", 2)
-    broken = Run(tmp_path / "broken", CPU, 0, RECIPE)
-    assert not broken.begin({"git": "first"})
-    step = broken._one_step
-
-    def interrupted(stage, *arguments):
-        if stage.name == "full" and broken.step == 3:
-            raise KeyboardInterrupt
-        step(stage, *arguments)
-
-    broken._one_step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        broken.train()
-    again = Run(tmp_path / "broken", CPU, 0, RECIPE)
-    assert again.begin({"git": "second"})
-    assert again.origins == [{"git": "first"}, {"git": "second"}]
-    assert (again.stage, again.step) == (2, 2)
-    again.train()
-    for name, value in weights(whole).items():
-        assert torch.equal(value, weights(again)[name]), name
+    goes_on_to_the_weights_of(whole, tmp_path / "broken", RECIPE)
 
 
 def test_losses_fall(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopped_run import CPU, goes_on_to_the_weights_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eos_search.training import train
@@ -19,7 +20,6 @@ from eos_vllm.cluttervqa import make_sample
 from eos_vllm.core.errors import EosError
 from eos_vllm.models.tokenizer import build_tokenizer
 
-CPU = torch.device("cpu")
 SMALL = replace(
     CLUTTER2.shape,
     num_decoder_layers=4,
@@ -177,25 +177,7 @@ def test_losses_fall_and_a_stopped_run_goes_on_to_the_same_weights(tmp_path, mon
     for name in ("answer", "value"):
         assert shallow[-1][name] < 0.9 * shallow[0][name], name
     assert [r["looking"] > 0 for r in log if "looking" in r] == [True] * 3
-
-    broken = Run(tmp_path / "broken", CPU, 0, TOY)
-    broken.begin({})
-    step = broken._one_step
-
-    def interrupted(stage, *arguments):
-        if stage.name == "full" and broken.step == 3:
-            raise KeyboardInterrupt
-        step(stage, *arguments)
-
-    broken._one_step = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        broken.train()
-    again = Run(tmp_path / "broken", CPU, 0, TOY)
-    assert again.begin({})
-    assert (again.stage, again.step) == (2, 2)
-    again.train()
-    for name, value in whole.trainee.state_dict().items():
-        assert torch.equal(value, again.trainee.state_dict()[name]), name
+    goes_on_to_the_weights_of(whole, tmp_path / "broken", TOY)
     with pytest.raises(EosError, match="of other recipe"):
         Run(tmp_path / "whole", CPU, 0, replace(TOY, name="other")).begin({})
 
