@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,7 +54,10 @@ class Answerer(Protocol):
 
 
 class ReferenceAnswerer:
-    """The reference forward pass in processes of one thread each, greedy, float32."""
+    """The reference forward pass in processes of one thread each, greedy, float32.
+
+    ``cpu_seconds`` is what all answers so far have taken; loading the model is not counted.
+    """
 
     def __init__(self, model: str | Path, max_tokens: int = 8, processes: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -63,6 +67,7 @@ class ReferenceAnswerer:
             initializer=_load,
             initargs=(str(model), max_tokens),
         )
+        self.cpu_seconds = 0.0
 
     def answer(self, rows: Sequence[Row], cases: Sequence[Case], progress: Callable[[int], Any]) -> list[list[str]]:
         """As :class:`Answerer`; questions about one image are answered together, which shares most of the work."""
@@ -72,7 +77,9 @@ class ReferenceAnswerer:
             places.setdefault(images, []).append(i)
         jobs = [(images, [rows[i] for i in wanted]) for images, wanted in places.items()]
         replies = [[""] * len(rows) for _ in cases]
-        for wanted, answers in zip(places.values(), self.pool.map(partial(_replies, cases), jobs), strict=True):
+        timed = self.pool.map(partial(_timed_replies, cases), jobs)
+        for wanted, (answers, seconds) in zip(places.values(), timed, strict=True):
+            self.cpu_seconds += seconds
             for found, per_case in zip(answers, replies, strict=True):
                 for i, reply in zip(wanted, found, strict=True):
                     per_case[i] = reply
@@ -97,6 +104,12 @@ def _load(model: str, max_tokens: int) -> None:
     torch.set_num_threads(1)
     loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
     _WORKER.update(model=loaded, processor=AutoProcessor.from_pretrained(model), max_tokens=max_tokens)
+
+
+def _timed_replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -> tuple[list[list[str]], float]:
+    """Replies, and the CPU-seconds of this process that they took."""
+    start = time.process_time()
+    return _replies(cases, job), time.process_time() - start
 
 
 def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -> list[list[str]]:

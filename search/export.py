@@ -40,6 +40,17 @@ def searched_profile(theta: Theta, rules: Rules, name: str, provenance: dict[str
     return parse_profile({**profile.to_dict(), "name": name, "provenance": provenance})
 
 
+def reducer_lines(profile: Profile) -> list[str]:
+    """What a searched profile does, a line per reducer, with the counts of its own budget."""
+    counts = profile.schedules[str(profile.budget.tokens)]
+    return [
+        f"layer {reducer.layer:<3} keeps {count:<4} gate {reducer.gate:.3f}  discard {reducer.discard:.3f}  "
+        f"gamma {reducer.gamma:.3f}  tau {reducer.tau:.3f}  theta {reducer.theta:+.3f}  rho {reducer.rho:.3f}  "
+        f"nu {reducer.nu:.3f}"
+        for reducer, count in zip(profile.reducers, counts, strict=True)
+    ]
+
+
 def search_provenance(settings: SearchSettings, data: Data, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Command, revision, versions, data, seed, settings and the final terms."""
     run = provenance()

@@ -13,7 +13,7 @@ from eos_search.settings import SearchSettings
 from eos_vllm.analysis.cost import flops_crossover
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import ModelSpec
-from eos_vllm.models.geometry import geometry
+from eos_vllm.models.geometry import ModelGeometry, geometry
 
 EMBEDDED = "embedded"
 _REMEDY = "give the directory of a Hugging Face LLaVA with a Llama-family language model, its weights and processor"
@@ -38,22 +38,32 @@ def model_path(name: str) -> str:
     return str(path())
 
 
+def model_sizes(name: str) -> ModelGeometry:
+    """Sizes of a model that can be searched on.
+
+    Raises:
+        EosError: no such directory, no LLaVA, or one that takes images of any size.
+    """
+    path = model_path(name)
+    try:
+        sizes = geometry(path if Path(path).exists() else AutoConfig.from_pretrained(path))
+    except (OSError, ValueError) as error:
+        if isinstance(error, EosError):
+            raise
+        raise SettingError("model", name, f"it cannot be found ({error})", _REMEDY) from None
+    if sizes.visual_tokens is None:
+        problem = f"a {sizes.architecture} takes images of any size, for which there is no search yet"
+        raise SettingError("model", name, problem, "name a LLaVA-1.5")
+    return sizes
+
+
 def load_frozen(settings: SearchSettings, device: torch.device) -> Frozen:
     """Loads the model of a search onto a device.
 
     Raises:
         EosError: no such directory, no LLaVA, or a language model whose attention is built otherwise.
     """
-    path = model_path(settings.model)
-    try:
-        sizes = geometry(path if Path(path).exists() else AutoConfig.from_pretrained(path))
-    except (OSError, ValueError) as error:
-        if isinstance(error, EosError):
-            raise
-        raise SettingError("model", settings.model, f"it cannot be found ({error})", _REMEDY) from None
-    if sizes.visual_tokens is None:
-        problem = f"a {sizes.architecture} takes images of any size, for which there is no search yet"
-        raise SettingError("model", settings.model, problem, "name a LLaVA-1.5")
+    path, sizes = model_path(settings.model), model_sizes(settings.model)
     spec = ModelSpec(
         architecture=sizes.architecture,
         num_decoder_layers=sizes.num_decoder_layers,

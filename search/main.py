@@ -8,6 +8,7 @@ from eos_vllm.cli.program import Program
 COMMANDS = {
     "run": ("run_command", "search an operator profile on a frozen LLaVA and write theta.json"),
     "evaluate": ("evaluate_command", "accuracy of profiles at budgets, with intervals"),
+    "oppose": ("oppose_command", "other searches of the same cost and compute: random, TPE, one knob at a time"),
     "discriminates": ("discriminates_command", "whether ClutterVQA tells the right tokens from the wrong on a model"),
     "ablate": ("ablate_command", "the paper's studies: alignment, placement, operator, budgets, robustness"),
     "plot": ("plot_command", "figures from raw results, runs and profiles, each with its data as JSON"),

@@ -23,6 +23,7 @@ from eos_search.relaxed import Relaxation, RelaxedModel
 from eos_search.run_folder import RUN, RunFolder, read_records
 from eos_search.settings import SearchSettings
 from eos_search.space import search_space
+from eos_search.spent import SpentTime, earlier_seconds
 from eos_search.structure import Rules
 from eos_search.task import EncodedRows, ModelTask
 from eos_search.theta import KINDS, Theta
@@ -135,9 +136,16 @@ def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
         collate_fn=_as_it_is,
         worker_init_fn=leave_signals_to_the_main_process,
     )
-    if accelerator.is_main_process:
-        started = {"first_step": first, "processes": accelerator.num_processes, **provenance(seed=settings.seed)}
-        write_json(folder.path / RUN, {"search": started, "device": str(accelerator.device)})
+    started = {"first_step": first, "processes": accelerator.num_processes, **provenance(seed=settings.seed)}
+    spent = SpentTime(earlier_seconds(folder.path) if first else 0.0)
+
+    def note_spent() -> None:
+        seconds = spent.seconds(accelerator)
+        if accelerator.is_main_process:
+            about = {"search": started, "device": str(accelerator.device), "cpu_seconds": seconds}
+            write_json(folder.path / RUN, about)
+
+    note_spent()
     folder.open(first)
     skipped = 0
     try:
@@ -154,13 +162,17 @@ def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
                 done = step + 1
                 if result.stop and done < settings.steps:
                     folder.save(accelerator, done)
+                    note_spent()
                     raise Interrupted(done)
                 if done % settings.checkpoint_every == 0 or done == settings.steps:
                     folder.save(accelerator, done)
+                    note_spent()
     finally:
         folder.close()
     if skipped:
         say(f"{skipped} times a row was skipped because its image could not be decoded")
+    if first < settings.steps:
+        note_spent()  # the data loader's processes have ended, and count now
     records = read_records(folder.path)
     theta.gate_scale = theta.ranges.gate_scale
     profile = searched_profile(theta, rules, settings.name, search_provenance(settings, data, records))

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products need on a GPU
     from accelerate import PartialState
 
+    from eos_search.export import reducer_lines
     from eos_search.restarts import parse_placements, run_restarts
     from eos_search.run import run_search
 
@@ -44,12 +45,7 @@ def run(args: argparse.Namespace) -> int:
         result = run_search(settings, resume=args.resume, quiet=args.quiet)
     if not PartialState().is_main_process:
         return 0
-    counts = result.profile.schedules[str(result.profile.budget.tokens)]
-    for reducer, count in zip(result.profile.reducers, counts, strict=True):
-        print(
-            f"layer {reducer.layer:<3} keeps {count:<4} gate {reducer.gate:.3f}  discard {reducer.discard:.3f}  "
-            f"gamma {reducer.gamma:.3f}  tau {reducer.tau:.3f}  theta {reducer.theta:+.3f}  rho {reducer.rho:.3f}  "
-            f"nu {reducer.nu:.3f}"
-        )
+    for line in reducer_lines(result.profile):
+        print(line)
     print(f"wrote {result.path}")
     return 0

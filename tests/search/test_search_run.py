@@ -20,6 +20,7 @@ from eos_search.run import Interrupted, run_search
 from eos_search.run_folder import read_records
 from eos_search.settings import read_config, read_settings
 from eos_search.space import search_space
+from eos_search.spent import seconds_of
 from eos_search.structure import Structure
 from eos_search.theta import KINDS, Theta, ThetaValues
 from eos_vllm.core.budget import kept_counts
@@ -103,7 +104,9 @@ def test_killed_and_resumed_it_ends_the_same(small_path: Path, finished: Path, t
     result = run_search(settings, resume=True, quiet=True)
     assert (tmp_path / "run/theta.json").read_bytes() == (finished / "theta.json").read_bytes()
     assert result.records == read_records(finished)
-    assert json.loads((tmp_path / "run/run.json").read_text())["search"]["first_step"] == step // 2 * 2
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["search"]["first_step"] == step // 2 * 2
+    assert run["cpu_seconds"] == seconds_of(tmp_path / "run") > 0
 
 
 def test_budgets_go_on_where_they_were(small_path: Path, tmp_path: Path) -> None:

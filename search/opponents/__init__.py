@@ -1,0 +1,1 @@
+"""Opponents of the gradient search: other ways to a profile of the same cost, with the same budget of compute."""
