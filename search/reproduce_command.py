@@ -18,7 +18,6 @@ from typing import Any
 from eos_search.lmms import BENCHMARKS, HARNESS, LOCAL
 from eos_vllm.core.errors import EosError
 
-BUDGETS = "192,128,96,64,32,16"
 _EMBEDDED = "embedded"
 _DATA = "llava_v1_5_mix665k.json"
 
@@ -34,6 +33,8 @@ class Recipe:
         tasks: columns of the tables.
         harness: what answers them.
         serve: flags of the servers.
+        budgets: of the tables.
+        limit: questions of each task at most.
         search: settings of the search over those of the config.
     """
 
@@ -43,6 +44,8 @@ class Recipe:
     tasks: tuple[str, ...]
     harness: str
     serve: str
+    budgets: str = "192,128,96,64,32,16"
+    limit: int | None = None
     search: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,6 +65,8 @@ REHEARSAL = Recipe(
     tuple(LOCAL),
     "eos_search.lmms_local",
     "--dtype float32 --enforce-eager --max-model-len 1024 --kv-cache-memory-bytes 134217728",
+    "64,32,16",
+    25,
     {"steps": 40, "samples": 320},
 )
 
@@ -79,7 +84,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--config", default=None, help="of the search (default: llava-1.5-7b, or embedded)")
     parser.add_argument("--steps", type=int, default=None, help="of the search (default: the config's; 40 on embedded)")
     parser.add_argument("--profiles", default=None, help="rows beside none and the searched (default: the paper's)")
-    parser.add_argument("--budgets", default=BUDGETS, help="visual tokens of an image (default: %(default)s)")
+    parser.add_argument("--budgets", default=None, help=f"visual tokens of an image (default: {LLAVA.budgets})")
     parser.add_argument("--tasks", default=None, help="columns of the tables (default: the paper's twelve)")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="at most N questions of each task")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has lmms-eval (default: this one)")
@@ -108,13 +113,23 @@ def run(args: argparse.Namespace) -> int:
     write_profiles(baselines)
     for words in steps:
         print(shlex.join(["eos-search", *words]), flush=True)
-        if subprocess.run([sys.executable, "-m", "eos_search.main", *words], check=False).returncode:
+        if run_step(words):
             raise EosError("step", words[0], "it failed", "see its output above; the same command goes on from there")
     result = read_raw(folder / "lmms.json")
     head = page_head(args.model, args.config or recipe.config, result)
     page.write_text(head + paper_tables(result, recipe.against) + "\n", encoding="utf-8")
     print(f"wrote {page}")
     return 0
+
+
+def run_step(words: Sequence[str]) -> int:
+    """Exit code of a step. Ctrl-C reaches the step as well, which then ends its servers or writes its checkpoint."""
+    process = subprocess.Popen([sys.executable, "-m", "eos_search.main", *words])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def recipe_of(model: str) -> Recipe:
@@ -137,11 +152,13 @@ def commands(args: argparse.Namespace, recipe: Recipe, folder: Path, baselines: 
     begun = is_begun(search, config, settings)
     found = [] if (search / "theta.json").exists() else [["run", "--config", config, *flags, *["--resume"] * begun]]
     found.append(["plot", "search", "--run", str(search), "--out", str(folder / "search.png")])
+    limit = args.limit or recipe.limit
     rows = ["none", *map(str, baselines), str(search / "theta.json")]
     words = ["lmms", "--serve", args.model, f"--serve-args={args.serve_args or recipe.serve}"]
-    words += ["--profiles", ",".join(rows), "--budgets", args.budgets, "--tasks", args.tasks or ",".join(recipe.tasks)]
+    words += ["--profiles", ",".join(rows), "--budgets", args.budgets or recipe.budgets]
+    words += ["--tasks", args.tasks or ",".join(recipe.tasks)]
     words += ["--python", args.python, "--harness", recipe.harness, "--folder", str(folder / "lmms"), "--out", str(raw)]
-    words += ["--limit", str(args.limit)] if args.limit is not None else []
+    words += ["--limit", str(limit)] if limit is not None else []
     return [*found, words]
 
 
@@ -193,9 +210,10 @@ def page_head(model: str, config: str, result: dict[str, Any]) -> str:
     return f"""\
 # The paper's tables, run again
 
-`eos-search reproduce` on {Path(model).name}, search config `{config}`, at commit {commit_line(source)} on
-{machine_line(source)}.{limit} Budgets are what is left of an image in the end, but for counts that SparseVLM publishes:
-compare rows with a look at their layer average, at the end of this page. MME is the sum of perception and cognition,
-and counts as a share of 2800 in the average.
+`eos-search reproduce` on {Path(model).name}, search config `{config}`, at commit {commit_line(source)}
+on {machine_line(source)}.{limit}
+
+Budgets are what is left of an image in the end, but for counts that SparseVLM publishes: compare rows with a look at
+their layer average, at the end of this page. MME is the sum of perception and cognition, and a share of 2800 in the average.
 
 """

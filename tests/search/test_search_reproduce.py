@@ -13,7 +13,7 @@ from eos_search.lmms import BENCHMARKS, LOCAL, read_scores
 from eos_search.lmms_local import main as stand_in
 from eos_search.lmms_tables import kept_table, paper_tables
 from eos_search.main import main
-from eos_search.reproduce_command import BUDGETS, LLAVA, REHEARSAL, comparable, write_profiles
+from eos_search.reproduce_command import LLAVA, REHEARSAL, comparable, write_profiles
 from eos_search.settings import read_config, read_settings
 from eos_vllm.core.budget import kept_counts, parse_tokens
 from eos_vllm.core.profile import parse_profile, read_profile
@@ -41,7 +41,7 @@ def test_real_data_are_searched_served_and_tabled(tmp_path: Path, capsys: pytest
     told = dict(pairwise(lmms))
     assert (told["--serve"], told["--python"], told["--harness"]) == ("some/llava-1.5-7b", "py", "lmms_eval")
     assert told["--tasks"].split(",") == list(BENCHMARKS)
-    assert told["--budgets"] == BUDGETS == "192,128,96,64,32,16"
+    assert told["--budgets"] == "192,128,96,64,32,16"
     rows = told["--profiles"].split(",")
     assert (rows[0], rows[-1]) == ("none", f"{out}/search/theta.json")
     assert [Path(row).stem for row in rows[1:-1]] == list(LLAVA.profiles)
@@ -65,6 +65,7 @@ def test_the_rehearsal_is_short_and_needs_no_lmms_eval(capsys: pytest.CaptureFix
     told = dict(pairwise(lmms))
     assert told["--harness"] == "eos_search.lmms_local"
     assert told["--tasks"].split(",") == list(LOCAL)
+    assert (told["--budgets"], told["--limit"]) == ("64,32,16", "25")
 
 
 def test_a_search_goes_on_and_is_not_done_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,13 +82,22 @@ def test_a_search_goes_on_and_is_not_done_twice(tmp_path: Path, capsys: pytest.C
     assert "has steps=40" in capsys.readouterr().err
 
 
-def test_no_data_and_a_failed_step_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    out = ["--out", str(tmp_path / "out")]
+def test_no_data_and_a_failed_step_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, ran = ["--out", str(tmp_path / "out")], []
+
+    def fails(words: list[str]) -> int:
+        ran.append(words[0])
+        return 2
+
+    monkeypatch.setattr("eos_search.reproduce_command.run_step", fails)
     assert main(["reproduce", "--model", "m", *out]) == 2
-    assert "--data=None: there is nothing to search on" in capfd.readouterr().err
-    assert main(["reproduce", "--model", "m", "--data", "nowhere", "--config", "no-such", *out]) == 2
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert "step='run': it failed" in last
+    assert "--data=None: there is nothing to search on" in capsys.readouterr().err
+    assert not ran
+    assert main(["reproduce", "--model", "m", "--data", "nowhere", *out]) == 2
+    assert "step='run': it failed" in capsys.readouterr().err
+    assert ran == ["run"]
 
 
 @pytest.mark.parametrize("recipe", [LLAVA, REHEARSAL])
@@ -97,7 +107,7 @@ def test_every_row_has_every_budget(recipe: Any, tmp_path: Path) -> None:
     assert recipe.against in [parse_profile(data).name for data in made.values()]
     for file, name in zip(made, recipe.profiles, strict=True):
         profile, shipped = read_profile(file), load(name)
-        for budget in (parse_tokens(text) for text in BUDGETS.split(",")):
+        for budget in (parse_tokens(text) for text in LLAVA.budgets.split(",")):
             counts = kept_counts(profile, budget)
             if str(budget) in shipped.schedules:
                 assert counts == shipped.schedules[str(budget)]
