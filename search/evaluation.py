@@ -9,6 +9,7 @@ from eos_search.accuracy import AVERAGE, Share, accuracy, loyalty
 from eos_search.answerers import BLIND, STOCK, Answerer, Case
 from eos_search.corners import CORNERS, at_corner
 from eos_search.raw import digest
+from eos_search.scorers import EXACT, Scorer, scorer_of
 from eos_search.selection import BLOCK, EARLIER, IMAGE, ROUNDED, SELECTIONS, asked_by_image
 from eos_vllm import profiles
 from eos_vllm.cluttervqa import Row
@@ -74,6 +75,7 @@ def evaluate(
     progress: Callable[[str], Callable[[int], Any]],
     done: Sequence[dict[str, Any]] = (),
     keep: Callable[[list[dict[str, Any]]], Any] = len,
+    scorer: Scorer = EXACT,
 ) -> list[dict[str, Any]]:
     """Answers all rows in every case.
 
@@ -85,6 +87,7 @@ def evaluate(
         done: records of an evaluation of the same rows and model; those of profiles that do the same are taken over
             instead of asking again.
         keep: called with all records so far after each profile, so that a stopped evaluation loses but the last one.
+        scorer: marks the replies.
 
     Returns:
         One record per case: profile, budget, counts, replies, accuracy, and loyalty to the unreduced model's replies
@@ -100,14 +103,16 @@ def evaluate(
         for case, about in described:
             replies = next(fresh) if case in missing else known[key(about)]
             stock = replies if name == STOCK else stock
-            records.append(about | {"replies": replies} | marks(rows, replies, stock))
+            records.append(about | {"replies": replies} | marks(rows, replies, stock, scorer))
         keep(records)
     return records
 
 
-def marks(rows: Sequence[Row], replies: Sequence[str], stock: Sequence[str] | None) -> dict[str, Any]:
+def marks(
+    rows: Sequence[Row], replies: Sequence[str], stock: Sequence[str] | None, scorer: Scorer = EXACT
+) -> dict[str, Any]:
     """Accuracy of replies, and loyalty to the unreduced model's where they are known, as plain data."""
-    found = {"accuracy": accuracy(rows, replies)}
+    found = {"accuracy": accuracy(rows, replies, scorer=scorer)}
     if stock is not None:
         found["loyalty"] = loyalty(rows, replies, stock)
     return {name: {kind: asdict(share) for kind, share in shares.items()} for name, shares in found.items()}
@@ -134,10 +139,14 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any], kind: str = AVERAGE) -> str:
-    """Accuracy in percent with its interval as a Markdown table: a row per profile, a column per budget."""
+    """Accuracy in percent with its interval as a Markdown table: a row per profile, a column per budget.
+
+    Its first cell names the scorer.
+    """
     found = {(c["profile"], c["budget"]): Share(**c["accuracy"][kind]) for c in result["cases"]}
     budgets = sorted({budget for _, budget in found if budget is not None}, reverse=True)
-    lines = [f"| {kind} | all | " + " | ".join(map(str, budgets)) + " |", "| --- |" + " --- |" * (len(budgets) + 1)]
+    head = f"| {kind}, {scorer_of(result).name} | all | "
+    lines = [head + " | ".join(map(str, budgets)) + " |", "| --- |" + " --- |" * (len(budgets) + 1)]
     for name in dict.fromkeys(name for name, _ in found):
         cells = [str(found.get((name, budget), "")) for budget in (None, *budgets)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
