@@ -15,7 +15,7 @@ from eos_search.discrimination import with_both_means
 from eos_search.evaluation import cases, evaluate, key, table
 from eos_search.raw import fingerprint, plain, read_earlier, read_result, weights_digest, write_raw
 from eos_search.scorers import EXACT, SCORERS, check_fields, scorer_of
-from eos_search.selection import EARLIER, rows_before
+from eos_search.selection import EARLIER, WINDOWS, rows_before
 from eos_vllm.cluttervqa import SPLITS, VERSIONS, Row, export, read_rows, version_of
 from eos_vllm.core.budget import parse_budget
 from eos_vllm.core.errors import EosError
@@ -154,12 +154,13 @@ def check_rows(rows: Sequence[Row], wanted: Sequence[Case], file: str) -> None:
     """Refuses rows that cannot be asked, before any is.
 
     Raises:
-        EosError: there are none, an image is missing, or a selection lacks its one image, its boxes or
-            another question.
+        EosError: there are none, an image is missing, or a selection lacks its one image, its boxes, another
+            question or a chat.
     """
     if not rows:
         raise EosError("rows", file, "holds no question", "name a JSONL with at least one")
     selections = {case.selection for case in wanted}
+    chats = [row for row in rows if row.history]
     for row in rows:
         for image in row.image_files:
             if not image.is_file():
@@ -169,7 +170,14 @@ def check_rows(rows: Sequence[Row], wanted: Sequence[Case], file: str) -> None:
             raise EosError("rows", row.id, problem, "evaluate random@, oracle@ and earlier@ on rows of one image")
         if "oracle" in selections and not row.boxes:
             raise EosError("boxes", row.id, "are missing", "evaluate oracle@ on rows that have them")
+    for case in wanted:
+        if case.changed in WINDOWS and not chats:
+            problem = f"hold no chat, and {case.name} is about later turns"
+            raise EosError("rows", file, problem, "give the turns of a chat the same chat")
     if EARLIER in selections:
+        if chats:
+            problem = "is a later turn of a chat"
+            raise EosError("rows", chats[0].id, problem, "evaluate turn@: there the first question chooses")
         lone = [rows[i].id for i, before in enumerate(rows_before(rows)) if i == before]
         if lone:
             raise EosError("rows", lone[0], "is the only one about its image", "evaluate earlier@ on two or more")

@@ -10,14 +10,14 @@ from eos_search.answerers import BLIND, STOCK, Answerer, Case
 from eos_search.corners import CORNERS, at_corner
 from eos_search.raw import digest
 from eos_search.scorers import EXACT, Scorer, scorer_of
-from eos_search.selection import BLOCK, EARLIER, IMAGE, ROUNDED, SELECTIONS, asked_by_image
+from eos_search.selection import BLOCK, EARLIER, IMAGE, ROUNDED, SELECTIONS, WINDOWS, asked_by_image, asked_within
 from eos_vllm import profiles
 from eos_vllm.cluttervqa import Row
 from eos_vllm.core.budget import RetainBudget, kept_counts, layer_average, own_budget, plain
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.plan import Planner
 
-CHANGES = (*SELECTIONS, EARLIER, IMAGE, ROUNDED, *CORNERS)
+CHANGES = (*SELECTIONS, EARLIER, IMAGE, *WINDOWS, ROUNDED, *CORNERS)
 
 # Visual tokens of an image, where any do to see whether a budget can be met.
 _ANY = 1024
@@ -31,8 +31,8 @@ def cases(names: Sequence[str], budgets: Sequence[RetainBudget | None]) -> list[
             ``random@PROFILE`` and ``oracle@PROFILE`` for those selections in place of the profile's own choice: they
             have its reducers and counts, and differ in the choice alone; ``prune@PROFILE``, ``merge@``, ``pool@`` and
             ``reweight@`` for the corners of the operator: they differ in that alone; ``earlier@PROFILE`` for tokens
-            that another question about the image chose, ``image@`` for the image's own choice, ``rounded@`` for counts
-            rounded to KV blocks (:mod:`eos_search.selection`).
+            that another question about the image chose, ``image@`` for the image's own choice, ``turn@`` and
+            ``prompt@`` for that window, ``rounded@`` for counts rounded to KV blocks (:mod:`eos_search.selection`).
         budgets: retain budgets per image; None for each profile's own.
 
     Raises:
@@ -55,6 +55,8 @@ def cases(names: Sequence[str], budgets: Sequence[RetainBudget | None]) -> list[
             profile = at_corner(profile, change)
         elif change == IMAGE:
             profile = asked_by_image(profile)
+        elif change in WINDOWS:
+            profile = asked_within(profile, change)
         for budget in budgets:
             kept_counts(profile, budget, profile.model.visual_tokens or _ANY)
             label = f"{change}@{plain}" if change else plain
