@@ -94,6 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from eos_search.evaluate_command import limit
     from eos_search.frozen import EMBEDDED, model_path
     from eos_search.raw import weights_digest
+    from eos_search.scorers import EXACT, check_fields
     from eos_vllm.cluttervqa import export, read_rows
     from eos_vllm.provenance import provenance
 
@@ -101,7 +102,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     study = make_study(args)
     with tempfile.TemporaryDirectory(prefix="eos-rows-") as folder:
         file = args.rows or export(folder, args.split, args.images)
-        rows = limit(read_rows(file), args.per_kind)
+        rows = read_rows(file)
+        check_fields(EXACT, rows, Path(file).name)
+        rows = limit(rows, args.per_kind)
         if not rows:
             raise EosError("rows", str(file), "holds no question", "name a JSONL with at least one")
         header = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eos_search.scorers import EXACT, Scorer
 from eos_vllm.cluttervqa import Row, is_right
 
 AVERAGE = "average"
@@ -13,7 +14,8 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Share:
-    """A share of right answers (or a difference of two), its 95 % interval, and of how many questions."""
+    """A mean score, such as the share of right answers (or a difference of two), its 95 % interval, and of how many
+    questions."""
 
     value: float
     low: float
@@ -24,7 +26,7 @@ class Share:
         return f"{100 * self.value:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
-def accuracy(rows: Sequence[Row], replies: Sequence[str], seed: int = 0) -> dict[str, Share]:
+def accuracy(rows: Sequence[Row], replies: Sequence[str], seed: int = 0, scorer: Scorer = EXACT) -> dict[str, Share]:
     """Accuracy of each kind, and their unweighted mean as ``average``.
 
     Images are drawn with replacement, not questions: answers about one image are not independent.
@@ -33,8 +35,9 @@ def accuracy(rows: Sequence[Row], replies: Sequence[str], seed: int = 0) -> dict
         rows: the questions.
         replies: one for each.
         seed: of the bootstrap.
+        scorer: marks each reply from 0 to 1.
     """
-    return _shares(rows, np.array([is_right(r, row.answer) for r, row in zip(replies, rows, strict=True)], float), seed)
+    return _shares(rows, _marks(rows, replies, scorer), seed)
 
 
 def loyalty(rows: Sequence[Row], replies: Sequence[str], stock: Sequence[str], seed: int = 0) -> dict[str, Share]:
@@ -43,13 +46,11 @@ def loyalty(rows: Sequence[Row], replies: Sequence[str], stock: Sequence[str], s
     return _shares(rows, same, seed)
 
 
-def difference(rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str], seed: int = 0) -> dict[str, Share]:
+def difference(
+    rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str], seed: int = 0, scorer: Scorer = EXACT
+) -> dict[str, Share]:
     """Accuracy of ``ours`` minus that of ``theirs`` on the same questions, paired; as :func:`accuracy`."""
-    marks = [
-        float(is_right(a, row.answer)) - float(is_right(b, row.answer))
-        for row, a, b in zip(rows, ours, theirs, strict=True)
-    ]
-    return _shares(rows, np.array(marks), seed)
+    return _shares(rows, _marks(rows, ours, scorer) - _marks(rows, theirs, scorer), seed)
 
 
 def relative(rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str], seed: int = 0) -> Share:
@@ -59,8 +60,7 @@ def relative(rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str], se
     """
     values, drawn = [], []
     for replies in (ours, theirs):
-        marks = np.array([is_right(r, row.answer) for r, row in zip(replies, rows, strict=True)], float)
-        _, each, resampled, _ = _resampled(rows, marks, seed)
+        _, each, resampled, _ = _resampled(rows, _marks(rows, replies, EXACT), seed)
         values.append(float(each.mean()))
         drawn.append(np.nanmean(resampled, axis=1))
     low, high = np.nanpercentile(drawn[0] / drawn[1], (2.5, 97.5))
@@ -81,6 +81,11 @@ def chance(rows: Sequence[Row]) -> dict[str, float]:
     if len(found) == len(kinds):
         found[AVERAGE] = float(np.mean(list(found.values())))
     return found
+
+
+def _marks(rows: Sequence[Row], replies: Sequence[str], scorer: Scorer) -> np.ndarray:
+    """Score of each reply ``[questions]``."""
+    return np.array([scorer.score(reply, row) for reply, row in zip(replies, rows, strict=True)], float)
 
 
 def _resampled(

@@ -7,6 +7,7 @@ from eos_search.ablations.tables import result_rows
 from eos_search.accuracy import AVERAGE, difference
 from eos_search.answerers import STOCK
 from eos_search.evaluation import table
+from eos_search.scorers import scorer_of
 from eos_vllm.provenance import commit_line, machine_line
 
 _HEAD = """\
@@ -20,7 +21,7 @@ eos-search evaluate --table {raw}{against} \\
 ```
 
 from the raw result, which keeps every reply; `make accuracy` measures what it lacks. {questions} questions on {images}
-images of {source}, greedy, {through}; percent of right answers with 95 %
+images of {source}, greedy, {through}; {unit} by scorer `{scorer}` with 95 %
 intervals by bootstrap over images (kinds weigh alike in the average). Measured at commit {commit} on
 {machine}.
 
@@ -45,7 +46,7 @@ def accuracy_page(result: dict[str, Any], raw: str, file: Path, figure: str, aga
         figure: file name of the figure beside the page.
         against: profile whose paired differences to all others the page shows.
     """
-    source = result["provenance"]
+    source, scorer = result["provenance"], scorer_of(result)
     page = _HEAD.format(
         model=result["model"],
         raw=raw,
@@ -57,6 +58,8 @@ def accuracy_page(result: dict[str, Any], raw: str, file: Path, figure: str, aga
         images=len({row["image"] for row in result["rows"]}),
         source=result["benchmark"]["source"],
         through={"reference": "the Hugging Face reference in float32", "server": "a running server"}[result["through"]],
+        unit="mean score in percent" if scorer.graded else "percent of right answers",
+        scorer=scorer.name,
         commit=commit_line(source),
         machine=machine_line(source),
     )
@@ -76,15 +79,16 @@ def margins_table(result: dict[str, Any], against: str) -> str:
 
     The unreduced model stands against every budget.
     """
-    rows = result_rows(result)
+    rows, scorer = result_rows(result), scorer_of(result)
     replies = {(case["profile"], case["budget"]): case["replies"] for case in result["cases"]}
     budgets = sorted({budget for name, budget in replies if name == against}, reverse=True)
-    lines = ["| minus | " + " | ".join(map(str, budgets)) + " |", "| --- |" + " --- |" * len(budgets)]
+    lines = [f"| minus, {scorer.name} | " + " | ".join(map(str, budgets)) + " |", "| --- |" + " --- |" * len(budgets)]
     for name in dict.fromkeys(name for name, _ in replies if name != against):
         cells = []
         for budget in budgets:
             theirs = replies.get((name, budget), replies.get((name, None)))
-            cells.append(str(difference(rows, replies[against, budget], theirs)[AVERAGE]) if theirs else "")
+            ours = replies[against, budget]
+            cells.append(str(difference(rows, ours, theirs, scorer=scorer)[AVERAGE]) if theirs else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

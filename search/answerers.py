@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from eos_search.chats import chat_prompt, marker_of, messages, turns_of
 from eos_search.selection import EARLIER, SELECTIONS, rows_before, selection_scores
 from eos_vllm.cluttervqa import Row
 from eos_vllm.core.budget import REQUEST_FIELD, RetainBudget, Share, plain
@@ -33,7 +34,7 @@ class Case:
         budget: retain budget per image; None for the profile's own.
         selection: who chooses in place of the question: ``random``, ``oracle``, ``earlier`` or None.
         blind: the model is shown another row's image.
-        changed: what was changed in the profile: a corner of the operator, ``image`` or ``rounded``.
+        changed: what was changed in the profile: a corner of the operator, ``image``, a window or ``rounded``.
         block: tokens per KV block, to which removed tokens are rounded.
     """
 
@@ -120,7 +121,11 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
     pictures = [Image.open(file).convert("RGB") for file in images]
     processor, max_tokens = _WORKER["processor"], _WORKER["max_tokens"]
     tokenizer = processor.tokenizer
-    reference = ReferenceModel(_WORKER["model"], processor, cases[0].profile, block=cases[0].block)
+    profile = cases[0].profile
+    # Of single questions the first turn ends with the prompt, wherever the template says so.
+    pinned = profile is not None and profile.window == "turn" and any(row.history for row in rows)
+    marker = marker_of(processor) if pinned else ()
+    reference = ReferenceModel(_WORKER["model"], processor, profile, block=cases[0].block, marker=marker)
     entered: dict[int, tuple[list[Any], list[Any], Any]] = {}
     for case in cases:
         keep = 0 if reference.planner is None else reference.planner.image_tokens(case.budget)
@@ -134,19 +139,19 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
         for case, found in zip(cases, replies, strict=True):
             keep = 0 if reference.planner is None else reference.planner.image_tokens(case.budget)
             asked, spans, shared = entered[keep]
-            embeddings = asked[i]
+            embeddings, ids = asked[i]
             scores: Any = None
             if case.selection in SELECTIONS:
                 # Boxes are in pixels of the picture, which is square, whatever the model makes of it.
                 scores = selection_scores(case.selection, row, side, pictures[0].width)
-                if case.profile is not None and case.profile.before is not None:
+                if profile is not None and profile.before is not None:
                     # Chosen before the decoder: each question has an image of its own.
-                    prompt = chat_prompt(processor, row.prompt, len(pictures))
+                    prompt = chat_prompt(processor, row.prompt, len(pictures), row.history)
                     embeddings, spans, _ = reference.embed(prompt, pictures, case.budget, scores)
                     scores = shared = None
             elif case.selection == EARLIER:
-                scores = reference.prefill(asked[earlier[i]], spans, case.budget, shared=shared).scores
-            state = reference.prefill(embeddings, spans, case.budget, scores, shared)
+                scores = reference.prefill(asked[earlier[i]][0], spans, case.budget, shared=shared).scores
+            state = reference.prefill(embeddings, spans, case.budget, scores, shared, ids)
             ids = reference.answer(state, len(embeddings), max_tokens, tokenizer.eos_token_id).token_ids
             found.append(tokenizer.decode(ids, skip_special_tokens=True))
     return replies
@@ -155,27 +160,21 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
 def _entering(
     reference: Any, rows: Sequence[Row], pictures: Sequence[Any], budget: RetainBudget | None
 ) -> tuple[Any, Any, Any]:
-    """What enters the decoder for each row, the images' spans, and what all of them share where that is one image."""
+    """Embeddings and token ids of each row, the images' spans, and what all of them share where that is one image."""
     before = shared = None
     asked: list[Any] = []
     for row in rows:
-        prompt = chat_prompt(reference.processor, row.prompt, len(pictures))
+        prompt = chat_prompt(reference.processor, row.prompt, len(pictures), row.history)
         if before is None:
-            embeddings, spans, _ = reference.embed(prompt, pictures, budget)
+            embeddings, spans, ids = reference.embed(prompt, pictures, budget)
             if len(spans) == 1:
-                before = embeddings[: spans[0].start + spans[0].length]
+                before, head = embeddings[: spans[0].end], ids[: spans[0].end].tolist()
                 shared = reference.share(before)
+            asked.append((embeddings, ids.tolist()))
         else:
-            embeddings = reference.behind(before, prompt)
-        asked.append(embeddings)
+            embeddings, text = reference.behind(before, prompt)
+            asked.append((embeddings, head + text.tolist()))
     return asked, spans, shared
-
-
-def chat_prompt(processor: Any, question: str, images: int) -> str:
-    """A question in the model's chat form; the begin token is left to the processor, which writes it itself."""
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return text.removeprefix(processor.tokenizer.bos_token or "")
 
 
 def blind_images(rows: Sequence[Row]) -> list[tuple[Path, ...]]:
@@ -252,15 +251,15 @@ class ServerAnswerer:
     def _ask(self, row: Row, budget: RetainBudget | str | None) -> str:
         from eos_vllm.models.images import to_data_url
 
-        content: list[Any] = [
+        images = [
             {"type": "image_url", "image_url": {"url": to_data_url(Image.open(file).convert("RGB"))}}
             for file in row.image_files
         ]
-        content.append({"type": "text", "text": row.prompt})
+        chat: list[Any] = messages(turns_of(row.prompt, row.history), images)
         asked = plain(budget) if isinstance(budget, int | Share) else budget
         reply = self.client.chat.completions.create(
             model=self.model,
-            messages=[{"role": "user", "content": content}],
+            messages=chat,
             max_tokens=self.max_tokens,
             temperature=0,
             extra_body={} if asked is None else {"vllm_xargs": {REQUEST_FIELD: asked}},

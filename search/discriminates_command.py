@@ -33,7 +33,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--processes", type=int, default=None, help="default: one for each core")
     parser.add_argument("--out", type=Path, default=None, help="raw result; a stopped evaluation goes on from it")
     parser.add_argument("--table", type=Path, default=None, help="judge this result, and ask nothing")
-    parser.set_defaults(run=run, rows=None, base_url=None, page=None, figure=None, against=None, max_tokens=8)
+    parser.set_defaults(
+        run=run, rows=None, base_url=None, page=None, figure=None, against=None, max_tokens=8, scorer=None
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from eos_search.ablations.tables import result_rows
 from eos_search.accuracy import AVERAGE, Share, accuracy, difference
 from eos_search.answerers import STOCK, Case
+from eos_search.scorers import scorer_of
 from eos_vllm.cluttervqa import Row
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import SCHEMA, Profile, parse_profile
@@ -76,7 +77,7 @@ def with_both_means(result: Mapping[str, Any]) -> dict[str, Any]:
     cases = []
     for case in result["cases"]:
         found = {kind: share for kind, share in case["accuracy"].items() if kind != AVERAGE}
-        found[WITHOUT] = asdict(accuracy(*without(rows, case["replies"]))[AVERAGE])
+        found[WITHOUT] = asdict(accuracy(*without(rows, case["replies"]), scorer=scorer_of(result))[AVERAGE])
         cases.append({**case, "accuracy": found | {AVERAGE: case["accuracy"][AVERAGE]}})
     return {**result, "cases": cases}
 
@@ -113,5 +114,8 @@ def verdict(result: Mapping[str, Any]) -> Verdict:
         raise EosError("result", ", ".join(sorted(missing)), "is missing", "run eos-search discriminates --out")
     rows = result_rows(result)
     kept, everything = without(rows, replies[STOCK])
-    found = [difference(kept, everything, without(rows, replies[name])[1])[AVERAGE] for name in (UNIFORM, ORACLE)]
+    found = [
+        difference(kept, everything, without(rows, replies[name])[1], scorer=scorer_of(result))[AVERAGE]
+        for name in (UNIFORM, ORACLE)
+    ]
     return Verdict(*found)

@@ -14,7 +14,8 @@ from eos_search.answerers import Case, ReferenceAnswerer, ServerAnswerer
 from eos_search.discrimination import with_both_means
 from eos_search.evaluation import cases, evaluate, key, table
 from eos_search.raw import fingerprint, plain, read_earlier, read_result, weights_digest, write_raw
-from eos_search.selection import EARLIER, rows_before
+from eos_search.scorers import EXACT, SCORERS, check_fields, scorer_of
+from eos_search.selection import EARLIER, WINDOWS, rows_before
 from eos_vllm.cluttervqa import SPLITS, VERSIONS, Row, export, read_rows, version_of
 from eos_vllm.core.budget import parse_budget
 from eos_vllm.core.errors import EosError
@@ -31,6 +32,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--budgets", default=BUDGETS, help="comma-separated, or 'own' (default: %(default)s)")
     parser.add_argument("--model", default=None, help="model directory (default: the embedded model)")
     parser.add_argument("--rows", type=Path, default=None, help="JSONL of questions instead of ClutterVQA")
+    parser.add_argument(
+        "--scorer", choices=tuple(SCORERS), default=None, help=f"marks the replies (default: {EXACT.name})"
+    )
     parser.add_argument(
         "--benchmark-version", type=int, choices=tuple(VERSIONS), default=1, help="of ClutterVQA (default: %(default)s)"
     )
@@ -88,6 +92,8 @@ def check(args: argparse.Namespace) -> None:
     if args.page and not (args.figure and (args.table or args.out)):
         problem = "lacks its figure or its raw result"
         raise EosError("--page", str(args.page), problem, "give --figure, and --out or --table")
+    if args.table and args.scorer and args.scorer != (name := scorer_of(read_result(args.table)).name):
+        raise EosError("--scorer", args.scorer, f"is not that of the result, {name}", "leave it out, or evaluate anew")
     if args.model and not Path(args.model).is_dir():
         raise EosError("--model", args.model, "is no directory", "name a model's directory")
 
@@ -106,7 +112,9 @@ def measure(args: argparse.Namespace, wanted: Sequence[Case]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="eos-rows-") as folder:
         version = version_of(args.benchmark_version)
         file = args.rows or export(Path(folder) / "rows", args.split, args.images, version=version.number)
-        rows = limit(read_rows(file), args.per_kind)
+        rows, scorer = read_rows(file), SCORERS[args.scorer or EXACT.name]
+        check_fields(scorer, rows, file.name)
+        rows = limit(rows, args.per_kind)
         check_rows(rows, wanted, str(file))
         source: dict[str, Any] = {"source": args.rows.name if args.rows else f"{version.title} {args.split}"}
         if not args.rows and version.number > 1:
@@ -117,13 +125,14 @@ def measure(args: argparse.Namespace, wanted: Sequence[Case]) -> dict[str, Any]:
             "model": args.served_model if args.base_url else Path(args.model or "embedded").name,
             "weights": None if args.base_url else weights_digest(args.model or embedded.path()),
             "max_tokens": args.max_tokens,
+            "scorer": scorer.name,
             "benchmark": source | {"images": len({row.image_files for row in rows})},
             "fingerprint": fingerprint(rows),
-            "chance": chance(rows),
+            "chance": {} if scorer.graded else chance(rows),
             "rows": [plain(row) for row in rows],
             "cases": [],
         }
-        done = read_earlier(args.out, result, ("fingerprint", "model", "weights", "max_tokens", "through"))
+        done = read_earlier(args.out, result, ("fingerprint", "model", "weights", "max_tokens", "through", "scorer"))
 
         def keep(records: list[dict[str, Any]]) -> None:
             # What an earlier run has measured stays in the file until this one has come to it.
@@ -135,7 +144,7 @@ def measure(args: argparse.Namespace, wanted: Sequence[Case]) -> dict[str, Any]:
         answerer = answerer_for(args, wanted)
         try:
             with tqdm(total=len(rows) * len(wanted), unit="question") as bar:
-                evaluate(answerer, rows, wanted, lambda name: _told(bar, name), done, keep)
+                evaluate(answerer, rows, wanted, lambda name: _told(bar, name), done, keep, scorer)
         finally:
             answerer.close()
     return result
@@ -145,12 +154,13 @@ def check_rows(rows: Sequence[Row], wanted: Sequence[Case], file: str) -> None:
     """Refuses rows that cannot be asked, before any is.
 
     Raises:
-        EosError: there are none, an image is missing, or a selection lacks its one image, its boxes or
-            another question.
+        EosError: there are none, an image is missing, or a selection lacks its one image, its boxes, another
+            question or a chat.
     """
     if not rows:
         raise EosError("rows", file, "holds no question", "name a JSONL with at least one")
     selections = {case.selection for case in wanted}
+    chats = [row for row in rows if row.history]
     for row in rows:
         for image in row.image_files:
             if not image.is_file():
@@ -160,7 +170,14 @@ def check_rows(rows: Sequence[Row], wanted: Sequence[Case], file: str) -> None:
             raise EosError("rows", row.id, problem, "evaluate random@, oracle@ and earlier@ on rows of one image")
         if "oracle" in selections and not row.boxes:
             raise EosError("boxes", row.id, "are missing", "evaluate oracle@ on rows that have them")
+    for case in wanted:
+        if case.changed in WINDOWS and not chats:
+            problem = f"hold no chat, and {case.name} is about later turns"
+            raise EosError("rows", file, problem, "give the turns of a chat the same chat")
     if EARLIER in selections:
+        if chats:
+            problem = "is a later turn of a chat"
+            raise EosError("rows", chats[0].id, problem, "evaluate turn@: there the first question chooses")
         lone = [rows[i].id for i, before in enumerate(rows_before(rows)) if i == before]
         if lone:
             raise EosError("rows", lone[0], "is the only one about its image", "evaluate earlier@ on two or more")

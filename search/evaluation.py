@@ -9,14 +9,15 @@ from eos_search.accuracy import AVERAGE, Share, accuracy, loyalty
 from eos_search.answerers import BLIND, STOCK, Answerer, Case
 from eos_search.corners import CORNERS, at_corner
 from eos_search.raw import digest
-from eos_search.selection import BLOCK, EARLIER, IMAGE, ROUNDED, SELECTIONS, asked_by_image
+from eos_search.scorers import EXACT, Scorer, scorer_of
+from eos_search.selection import BLOCK, EARLIER, IMAGE, ROUNDED, SELECTIONS, WINDOWS, asked_by_image, asked_within
 from eos_vllm import profiles
 from eos_vllm.cluttervqa import Row
 from eos_vllm.core.budget import RetainBudget, kept_counts, layer_average, own_budget, plain
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.plan import Planner
 
-CHANGES = (*SELECTIONS, EARLIER, IMAGE, ROUNDED, *CORNERS)
+CHANGES = (*SELECTIONS, EARLIER, IMAGE, *WINDOWS, ROUNDED, *CORNERS)
 
 # Visual tokens of an image, where any do to see whether a budget can be met.
 _ANY = 1024
@@ -30,8 +31,8 @@ def cases(names: Sequence[str], budgets: Sequence[RetainBudget | None]) -> list[
             ``random@PROFILE`` and ``oracle@PROFILE`` for those selections in place of the profile's own choice: they
             have its reducers and counts, and differ in the choice alone; ``prune@PROFILE``, ``merge@``, ``pool@`` and
             ``reweight@`` for the corners of the operator: they differ in that alone; ``earlier@PROFILE`` for tokens
-            that another question about the image chose, ``image@`` for the image's own choice, ``rounded@`` for counts
-            rounded to KV blocks (:mod:`eos_search.selection`).
+            that another question about the image chose, ``image@`` for the image's own choice, ``turn@`` and
+            ``prompt@`` for that window, ``rounded@`` for counts rounded to KV blocks (:mod:`eos_search.selection`).
         budgets: retain budgets per image; None for each profile's own.
 
     Raises:
@@ -54,6 +55,8 @@ def cases(names: Sequence[str], budgets: Sequence[RetainBudget | None]) -> list[
             profile = at_corner(profile, change)
         elif change == IMAGE:
             profile = asked_by_image(profile)
+        elif change in WINDOWS:
+            profile = asked_within(profile, change)
         for budget in budgets:
             kept_counts(profile, budget, profile.model.visual_tokens or _ANY)
             label = f"{change}@{plain}" if change else plain
@@ -74,6 +77,7 @@ def evaluate(
     progress: Callable[[str], Callable[[int], Any]],
     done: Sequence[dict[str, Any]] = (),
     keep: Callable[[list[dict[str, Any]]], Any] = len,
+    scorer: Scorer = EXACT,
 ) -> list[dict[str, Any]]:
     """Answers all rows in every case.
 
@@ -85,6 +89,7 @@ def evaluate(
         done: records of an evaluation of the same rows and model; those of profiles that do the same are taken over
             instead of asking again.
         keep: called with all records so far after each profile, so that a stopped evaluation loses but the last one.
+        scorer: marks the replies.
 
     Returns:
         One record per case: profile, budget, counts, replies, accuracy, and loyalty to the unreduced model's replies
@@ -100,14 +105,16 @@ def evaluate(
         for case, about in described:
             replies = next(fresh) if case in missing else known[key(about)]
             stock = replies if name == STOCK else stock
-            records.append(about | {"replies": replies} | marks(rows, replies, stock))
+            records.append(about | {"replies": replies} | marks(rows, replies, stock, scorer))
         keep(records)
     return records
 
 
-def marks(rows: Sequence[Row], replies: Sequence[str], stock: Sequence[str] | None) -> dict[str, Any]:
+def marks(
+    rows: Sequence[Row], replies: Sequence[str], stock: Sequence[str] | None, scorer: Scorer = EXACT
+) -> dict[str, Any]:
     """Accuracy of replies, and loyalty to the unreduced model's where they are known, as plain data."""
-    found = {"accuracy": accuracy(rows, replies)}
+    found = {"accuracy": accuracy(rows, replies, scorer=scorer)}
     if stock is not None:
         found["loyalty"] = loyalty(rows, replies, stock)
     return {name: {kind: asdict(share) for kind, share in shares.items()} for name, shares in found.items()}
@@ -134,10 +141,14 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any], kind: str = AVERAGE) -> str:
-    """Accuracy in percent with its interval as a Markdown table: a row per profile, a column per budget."""
+    """Accuracy in percent with its interval as a Markdown table: a row per profile, a column per budget.
+
+    Its first cell names the scorer.
+    """
     found = {(c["profile"], c["budget"]): Share(**c["accuracy"][kind]) for c in result["cases"]}
     budgets = sorted({budget for _, budget in found if budget is not None}, reverse=True)
-    lines = [f"| {kind} | all | " + " | ".join(map(str, budgets)) + " |", "| --- |" + " --- |" * (len(budgets) + 1)]
+    head = f"| {kind}, {scorer_of(result).name} | all | "
+    lines = [head + " | ".join(map(str, budgets)) + " |", "| --- |" + " --- |" * (len(budgets) + 1)]
     for name in dict.fromkeys(name for name, _ in found):
         cells = [str(found.get((name, budget), "")) for budget in (None, *budgets)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

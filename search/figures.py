@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from eos_search.accuracy import AVERAGE, Share
+from eos_search.scorers import EXACT, scorer_of
 
 _MARKS = "osD^vPX*<>"
 
@@ -20,6 +21,7 @@ def accuracy_figure(result: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    scorer = scorer_of(result)
     kinds = [AVERAGE, *(kind for kind in result["cases"][0]["accuracy"] if kind != AVERAGE)]
     columns = 4
     figure, axes = pyplot.subplots(
@@ -50,7 +52,7 @@ def accuracy_figure(result: dict[str, Any], file: Path) -> None:
         ticks = sorted({c["budget"] for c in result["cases"] if c["budget"] is not None})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_xlabel("visual tokens kept per image after the last reducer")
-        axis.set_ylabel("right answers, %")
+        axis.set_ylabel("right answers, %" if scorer is EXACT else f"score by {scorer.name}, %")
         axis.set_title(kind)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(kinds) :]:

@@ -10,6 +10,8 @@ from eos_vllm.cluttervqa import Row
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile
 
+# What results say nothing of that are older than the field.
+_FORMERLY = {"scorer": "exact"}
 _REMEDY = "name a file of eos-search evaluate --out"
 
 
@@ -37,15 +39,20 @@ def weights_digest(model: str | Path) -> str | None:
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """Digest of questions, answers and image names."""
-    lines = [f"{r.id}\t{r.prompt}\t{r.answer}\t{[f.name for f in r.image_files]}" for r in rows]
+    """Digest of questions, answers, options, earlier turns and image names."""
+    lines = []
+    for r in rows:
+        more = [list(part) for part in (r.answers, r.options, r.history)]
+        line = f"{r.id}\t{r.prompt}\t{r.answer}\t{[f.name for f in r.image_files]}"
+        lines.append(f"{line}\t{more}" if any(more) else line)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def plain(row: Row) -> dict[str, Any]:
     """What of a row is kept beside the replies."""
     image = row.image_files[0].name if row.image_files else ""
-    return {"id": row.id, "kind": row.kind, "form": row.form, "answer": row.answer, "image": image}
+    more = {name: list(texts) for name, texts in (("answers", row.answers), ("options", row.options)) if texts}
+    return {"id": row.id, "kind": row.kind, "form": row.form, "answer": row.answer, "image": image} | more
 
 
 def read_result(file: str | Path) -> dict[str, Any]:
@@ -80,7 +87,7 @@ def read_earlier(out: Path | None, result: Mapping[str, Any], same: Sequence[str
         return []
     before = read_result(out)
     for name in same:
-        if before.get(name) != result.get(name):
+        if before.get(name, _FORMERLY.get(name)) != result.get(name):
             raise EosError("--out", str(out), f"holds an evaluation of another {name}", "name another file")
     return before["cases"]
 

@@ -148,11 +148,12 @@ class ReferenceModel:
         return embeddings, spans, ids
 
     @torch.no_grad()
-    def behind(self, before: torch.Tensor, prompt: str) -> torch.Tensor:
-        """Embeddings of a prompt with one image, given those up to its end ``[prefix, d]`` from another prompt."""
+    def behind(self, before: torch.Tensor, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings ``[tokens, d]`` of a prompt with one image, given those up to its end ``[prefix, d]`` from another
+        prompt, and the token ids behind it."""
         ids = torch.tensor(self.processor.tokenizer(prompt).input_ids, device=before.device)
-        image = int((ids == self.model.config.image_token_id).nonzero()[0, 0])
-        return torch.cat([before, self.model.get_input_embeddings()(ids[image + 1 :])])
+        text = ids[int((ids == self.model.config.image_token_id).nonzero()[0, 0]) + 1 :]
+        return torch.cat([before, self.model.get_input_embeddings()(text)]), text
 
     @torch.no_grad()
     def prefill(

@@ -2,12 +2,14 @@
 
 ``random`` and ``oracle`` are no methods but yardsticks: they give scores in place of attention. ``earlier`` scores by
 another question about the same image, as later turns of a chat find it under ``importance.window: "turn"``. ``image``
-lets the image's own last tokens ask. ``rounded`` removes whole KV blocks only, as a server does.
+lets the image's own last tokens ask. ``rounded`` removes whole KV blocks only, as a server does. In chats ``turn`` lets
+the first question choose for all turns, as ``importance.window`` has it, and ``prompt`` each turn anew.
 """
 
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +20,7 @@ SELECTIONS = ("random", "oracle")
 EARLIER = "earlier"
 IMAGE = "image"
 ROUNDED = "rounded"
+WINDOWS = ("turn", "prompt")
 # Tokens per KV block of vLLM's CPU build: the coarsest rounding that a server does by default.
 BLOCK = 32
 
@@ -26,7 +29,21 @@ def asked_by_image(profile: Profile) -> Profile:
     """The profile with ``importance.queries: "image"``: the choice does not depend on the question."""
     data = profile.to_dict()
     data["importance"] = {"queries": "image", "heads": profile.importance.heads}
-    label = f"{IMAGE}@{profile.name}"
+    return _labelled(data, f"{IMAGE}@{profile.name}")
+
+
+def asked_within(profile: Profile, window: str) -> Profile:
+    """The profile with this ``importance.window``.
+
+    Raises:
+        ProfileError: the image itself asks, whatever the window.
+    """
+    data = profile.to_dict()
+    data["importance"]["window"] = window
+    return _labelled(data, f"{window}@{profile.name}")
+
+
+def _labelled(data: dict[str, Any], label: str) -> Profile:
     return parse_profile(data | {"schema": SCHEMA, "name": label, "description": "", "provenance": {}}, label)
 
 

@@ -5,8 +5,9 @@ Version 1 is the one of all results so far, and what every call means that names
 than two patches, and strings have a patch for each character: what is dropped is lost.
 """
 
-from eos_vllm.cluttervqa.dataset import SPLITS, Row, Sample, export, is_right, make_sample, read_rows, rows_of, samples
+from eos_vllm.cluttervqa.dataset import SPLITS, Sample, export, is_right, make_sample, rows_of, samples
 from eos_vllm.cluttervqa.questions import KINDS, WORDS, Question
+from eos_vllm.cluttervqa.rows import Row, read_rows
 from eos_vllm.cluttervqa.versions import VERSIONS, Version, version_of
 
 __all__ = [

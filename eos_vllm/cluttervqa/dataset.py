@@ -6,14 +6,12 @@ the work.
 """
 
 import json
-import math
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,8 +22,6 @@ from eos_vllm.cluttervqa.versions import version_of
 from eos_vllm.core.errors import EosError
 
 SPLITS = ("train", "validation", "test")
-REMEDY = "write one with: eos-vllm cluttervqa DIRECTORY"
-_BOX = "left, top, right, bottom with right above left and bottom above top"
 
 
 @dataclass(frozen=True)
@@ -45,24 +41,6 @@ class Sample:
     def image(self) -> Image.Image:
         """The image for Pillow."""
         return Image.fromarray(self.pixels)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of an exported JSONL; boxes are left, top, right, bottom in pixels.
-
-    ``boxes`` are those of all objects, ``needs`` those of the objects that the answer rests on; None: not known.
-    """
-
-    id: str
-    kind: str
-    prompt: str
-    answer: str
-    image_files: tuple[Path, ...]
-    boxes: tuple[tuple[float, float, float, float], ...]
-    form: str = ""
-    choices: int = 0
-    needs: tuple[tuple[float, float, float, float], ...] | None = None
 
 
 def make_sample(
@@ -190,60 +168,3 @@ def _write_sample(path: Path, split: str, questions: int | None, version: int, i
     rows = rows_of(sample)
     sample.image.save(path / f"images/{index:06d}.png", compress_level=1)
     return rows
-
-
-def read_rows(file: str | Path) -> list[Row]:
-    """Rows of an exported JSONL, or of any JSONL of prompt, answer and image_files; image paths become absolute.
-
-    Raises:
-        EosError: the file cannot be read, or a line is no UTF-8, lacks a field or holds one of a wrong type; the line
-            is named.
-    """
-    path = Path(file)
-    try:
-        # JSON strings may hold other line separators, such as U+2028.
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise EosError("rows", str(path), f"cannot be read ({error.strerror})", REMEDY) from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_row(path.parent, number, json.loads(line.decode("utf-8"))))
-        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
-            problem = f"line {number} is no row ({type(error).__name__}: {error})"
-            raise EosError("rows", str(path), problem, "give prompt, answer and image_files in every line") from error
-    return rows
-
-
-def _row(folder: Path, number: int, data: Any) -> Row:
-    """The row of one line; KeyError, TypeError or another of ``read_rows``' errors where it is none."""
-    for name in ("prompt", "answer"):
-        if not isinstance(data[name], str):
-            raise TypeError(f"{name} is no string")
-    files, boxes = data["image_files"], data.get("boxes", [])
-    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
-        raise TypeError("image_files is no list of strings")
-    needs = data.get("needs")
-    for name, value in (("boxes", boxes), ("needs", [] if needs is None else needs)):
-        if not isinstance(value, list) or not all(map(_is_box, value)):
-            raise TypeError(f"{name} is no list of {_BOX}")
-    return Row(
-        id=str(data.get("id", number)),
-        kind=str(data.get("kind", "question")),
-        prompt=data["prompt"],
-        answer=data["answer"],
-        image_files=tuple((folder / name).resolve() for name in files),
-        boxes=tuple((left, top, right, bottom) for left, top, right, bottom in boxes),
-        form=str(data.get("form", "")),
-        choices=int(data.get("choices", 0)),
-        needs=None if needs is None else tuple((left, top, right, bottom) for left, top, right, bottom in needs),
-    )
-
-
-def _is_box(box: Any) -> bool:
-    if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
-        return False
-    left, top, right, bottom = box
-    return -math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf

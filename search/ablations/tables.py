@@ -7,12 +7,20 @@ from typing import Any
 from eos_search.ablations.variants import BASE
 from eos_search.accuracy import AVERAGE, Share, difference
 from eos_search.answerers import STOCK
+from eos_search.scorers import scorer_of
 from eos_vllm.cluttervqa import Row
 
 
 def result_rows(result: Mapping[str, Any]) -> list[Row]:
     """The questions of a raw result, as far as marking and the bootstrap need them."""
-    return [Row(r["id"], r["kind"], "", r["answer"], (Path(r["image"]),), ()) for r in result["rows"]]
+    return [
+        Row(
+            *(r["id"], r["kind"], "", r["answer"], (Path(r["image"]),), ()),
+            answers=tuple(r.get("answers", ())),
+            options=tuple(r.get("options", ())),
+        )
+        for r in result["rows"]
+    ]
 
 
 def differences_to(result: Mapping[str, Any], name: str) -> dict[tuple[str, int | None], dict[str, Share]]:
@@ -25,13 +33,13 @@ def differences_to(result: Mapping[str, Any], name: str) -> dict[tuple[str, int 
     Returns:
         By label and budget; cases for which there is nothing to subtract are missing.
     """
-    rows = result_rows(result)
+    rows, scorer = result_rows(result), scorer_of(result)
     theirs = {case["budget"]: case["replies"] for case in result["cases"] if case["profile"] == name}
     found = {}
     for case in result["cases"]:
         against = theirs.get(case["budget"], theirs.get(None))
         if case["profile"] != name and against is not None:
-            found[case["profile"], case["budget"]] = difference(rows, case["replies"], against)
+            found[case["profile"], case["budget"]] = difference(rows, case["replies"], against, scorer=scorer)
     return found
 
 
@@ -47,7 +55,10 @@ def study_table(result: Mapping[str, Any], kind: str = AVERAGE, against: str = B
     budgets = sorted({budget for _, budget in cases if budget is not None}, reverse=True)
     apart = differences_to(result, against)
     heads = [head for budget in budgets for head in (str(budget), *([f"minus {against}"] if apart else []))]
-    lines = ["| " + " | ".join([kind, *heads, "note"]) + " |", "| --- " * (len(heads) + 2) + "|"]
+    lines = [
+        "| " + " | ".join([f"{kind}, {scorer_of(result).name}", *heads, "note"]) + " |",
+        "| --- " * (len(heads) + 2) + "|",
+    ]
     for name in dict.fromkeys(name for name, _ in cases):
         cells, note = [], ""
         for budget in budgets:

@@ -108,7 +108,7 @@ def test_the_command_judges_and_keeps_what_it_measured(small_path, tmp_path, cap
     assert main([*given, "--images", "2", "--processes", "1"]) == 1
     said = capsys.readouterr().out
     assert "it does not discriminate" in said
-    assert "| average without counting | all | 9 |" in said
+    assert "| average without counting, exact | all | 9 |" in said
     raw = read_result(out)
     assert [case["profile"] for case in raw["cases"]] == ["none", "uniform", "oracle"]
     assert [case["kept"] for case in raw["cases"][1:]] == [[9], [9]]
@@ -127,6 +127,6 @@ def test_evaluations_of_version_2_tell_both_means(small_path, tmp_path, capsys):
     given = ["evaluate", "--model", str(small_path), "--benchmark-version", "2", "--images", "1", "--processes", "1"]
     assert main([*given, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert f"| {WITHOUT} | all |" in said
+    assert f"| {WITHOUT}, exact | all |" in said
     assert read_result(out)["benchmark"] == {"source": "ClutterVQA 2 test", "version": 2, "images": 1}
     assert WITHOUT not in read_result(out)["cases"][0]["accuracy"]

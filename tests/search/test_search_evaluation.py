@@ -131,7 +131,7 @@ def test_a_stopped_evaluation_goes_on_from_its_file(tmp_path, tiny_model, capsys
     shown = ("--figure", str(tmp_path / "a.png"), "--page", str(page), "--against", "embedded-pool")
     assert run(arguments("--table", str(out), *shown)) == 0
     assert margins_table(second, "embedded-pool") in page.read_text()
-    assert "| average |" in capsys.readouterr().out
+    assert "| average, exact | all | 16 |" in capsys.readouterr().out
 
 
 def test_blind_rows_see_another_image(rows):

@@ -26,7 +26,8 @@ def test_a_shared_prefix_gives_what_the_whole_prompt_gives(name, tiny_model):
         for question in QUESTIONS:
             prompt = f"USER: <image>\n{question} ASSISTANT:"
             want = reference.generate(prompt, [image], 6, budget)
-            embeddings = reference.behind(before, prompt)
+            embeddings, text = reference.behind(before, prompt)
+            assert len(embeddings) == len(before) + len(text)
             state = reference.prefill(embeddings, spans, budget, shared=shared)
             have = reference.answer(state, len(embeddings), 6)
             assert have.token_ids == want.token_ids
