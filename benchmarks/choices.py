@@ -17,7 +17,7 @@ from benchmarks import common
 from benchmarks.equal_cost import all_profiles
 from eos_search.accuracy import AVERAGE, Share, accuracy, relative
 from eos_search.answerers import STOCK
-from eos_search.raw import deeds, digest, fingerprint, weights_digest
+from eos_search.raw import behaviour, digest, fingerprint, weights_digest
 from eos_vllm import profiles
 from eos_vllm.analysis.choices import FILE, SCHEMA, acts, parse_choices
 from eos_vllm.cluttervqa import Row
@@ -221,7 +221,7 @@ def condense(root: Path) -> str:
         baseline, some = points(raw, rows, these, source)
         baselines.append(baseline)
         found += some
-        used |= {p["does"]: deeds(these[p["profile"]]) | {"name": p["profile"]} for p in some}
+        used |= {p["does"]: behaviour(these[p["profile"]]) | {"name": p["profile"]} for p in some}
     sweep = json.loads((root / LOAD_TESTS / "sweep.json").read_text(encoding="utf-8"))
     sessions = [s["provenance"] for s in sweep["sessions"]]
     questions = fingerprint(benchmark_rows(equal["images"]))

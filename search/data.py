@@ -69,7 +69,7 @@ def load_data(settings: SearchSettings, encoder: Encoder) -> Data:
     """
     skipped: Counter[str] = Counter()
 
-    def of_use(candidates: Iterable[Row]) -> Iterator[Row]:
+    def usable(candidates: Iterable[Row]) -> Iterator[Row]:
         for row in candidates:
             if (problem := encoder.problem(row)) is None:
                 yield row
@@ -80,14 +80,14 @@ def load_data(settings: SearchSettings, encoder: Encoder) -> Data:
     if settings.data_format == "llava":
         entries = [llava_row(entry, _folder(settings)) for entry in _read_json(settings)]
         skipped.update(reason for reason in entries if isinstance(reason, str))
-        rows = balanced_mix([row for row in entries if isinstance(row, Row)], settings.samples, numbers, of_use)
+        rows = balanced_mix([row for row in entries if isinstance(row, Row)], settings.samples, numbers, usable)
     elif settings.data_format == "huggingface":
-        rows = list(itertools.islice(of_use(_from_dataset(settings, numbers)), settings.samples))
+        rows = list(itertools.islice(usable(_from_dataset(settings, numbers)), settings.samples))
     else:
         drawn = settings.data_format == "cluttervqa"
         candidates = list(_drawn(settings) if drawn else _from_lines(settings, skipped))
         numbers.shuffle(candidates)
-        rows = list(itertools.islice(of_use(candidates), settings.samples))
+        rows = list(itertools.islice(usable(candidates), settings.samples))
     data = Data(tuple(rows), skipped)
     if not data.rows:
         shown = "; ".join(data.summary()[1:]) or "it is empty"

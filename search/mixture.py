@@ -39,7 +39,7 @@ def llava_row(entry: Any, folder: Path) -> Row | str:
 
 
 def balanced_mix(
-    rows: list[Row], samples: int, numbers: random.Random, of_use: Callable[[Iterable[Row]], Iterator[Row]]
+    rows: list[Row], samples: int, numbers: random.Random, usable: Callable[[Iterable[Row]], Iterator[Row]]
 ) -> list[Row]:
     """Draws rows evenly over the categories, without repeats.
 
@@ -47,7 +47,7 @@ def balanced_mix(
         rows: candidates.
         samples: how many are wanted.
         numbers: source of randomness.
-        of_use: filters rows (and counts what it leaves out); only rows that are drawn are looked at.
+        usable: filters rows (and counts what it leaves out); only rows that are drawn are looked at.
 
     Returns:
         At most ``samples`` rows, shuffled.
@@ -56,7 +56,7 @@ def balanced_mix(
     for category in CATEGORIES:
         members = [row for row in rows if row.category == category]
         numbers.shuffle(members)
-        left[category] = of_use(members)
+        left[category] = usable(members)
     drawn: list[Row] = []
     while left and len(drawn) < samples:
         for category in list(left)[: samples - len(drawn)]:

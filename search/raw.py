@@ -15,7 +15,7 @@ _FORMERLY = {"scorer": "exact"}
 _REMEDY = "name a file of eos-search evaluate --out"
 
 
-def deeds(profile: Profile) -> dict[str, Any]:
+def behaviour(profile: Profile) -> dict[str, Any]:
     """What a profile does, as plain data: all but its name, its description and where it comes from."""
     talk = ("name", "description", "provenance")
     return {key: value for key, value in profile.to_dict().items() if key not in talk}
@@ -23,7 +23,7 @@ def deeds(profile: Profile) -> dict[str, Any]:
 
 def digest(profile: Profile) -> str:
     """Digest of what a profile does, whatever it is called and wherever it comes from."""
-    return hashlib.sha256(json.dumps(deeds(profile), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(behaviour(profile), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def weights_digest(model: str | Path) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from eos_search.ablations.variants import Variant
 from eos_search.answerers import STOCK, Answerer, Case
 from eos_search.evaluation import evaluate, key
-from eos_search.raw import deeds, digest, fingerprint, plain, read_earlier, write_raw
+from eos_search.raw import behaviour, digest, fingerprint, plain, read_earlier, write_raw
 from eos_vllm.cluttervqa import Row
 from eos_vllm.core.budget import kept_counts
 from eos_vllm.core.errors import EosError
@@ -90,7 +90,7 @@ def run_study(
     result: dict[str, Any] = {
         **header,
         "study": study.name,
-        "base": study.base and deeds(study.base),
+        "base": study.base and behaviour(study.base),
         "failed": dict(study.failed or {}),
         "through": "reference",
         "fingerprint": fingerprint(rows),

@@ -12,7 +12,7 @@ from eos_search.evaluation import evaluate
 from eos_search.opponents.base import Candidate
 from eos_search.opponents.log import TrialLog
 from eos_search.opponents.racing import SpentError
-from eos_search.raw import deeds
+from eos_search.raw import behaviour
 from eos_vllm.cluttervqa import Row
 
 
@@ -83,7 +83,7 @@ class Judge:
             SpentError: the budget is spent.
             SettingError: the log holds another profile as this trial.
         """
-        record = self.log.earlier(number, rung, deeds(candidate.profile))
+        record = self.log.earlier(number, rung, behaviour(candidate.profile))
         if record is None:
             if self._repeats:  # what led here was counted in the sitting that did it first
                 self._started, self._repeats = self._clock(), False
@@ -111,7 +111,7 @@ class Judge:
                 "trial": number,
                 "rung": rung,
                 "about": dict(candidate.about),
-                "profile": deeds(candidate.profile),
+                "profile": behaviour(candidate.profile),
                 "kept": [record["kept"] for record in records],
                 "layer_average": [record["layer_average"] for record in records],
                 "questions": len(rows) * len(cases),

@@ -43,7 +43,7 @@ class TrialLog:
         """The record of a trial on a rung; None where there is none yet.
 
         Raises:
-            SettingError: it is of another profile than ``profile`` (:func:`eos_search.raw.deeds`).
+            SettingError: it is of another profile than ``profile`` (:func:`eos_search.raw.behaviour`).
         """
         record = self._records.get((trial, rung))
         if record is not None and record["profile"] != json.loads(json.dumps(profile)):
