@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from eos_vllm.cluttervqa import KINDS
 from eos_vllm.core.errors import EosError
 
+HARNESS = "lmms_eval"
 FAILED = "[LMMS_EVAL_REQUEST_FAILED"
 # Behind the time. Tasks leave files in the same folder, and one of MMBench's also ends in _results.json.
 _RESULTS = "[0-9]*_results.json"
@@ -21,7 +23,7 @@ _REASONING = ("o1", "o3", "o4", "gpt-5")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of the paper's Table 4.
+    """A column of tables.
 
     Attributes:
         title: as tables call it.
@@ -64,6 +66,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "chartqa": Benchmark("ChartQA", (("relaxed_overall,none",),)),
     "mmbench_en_dev_static": Benchmark("MMB-en", (("gpt_eval_score,none",),), factor=1.0),
 }
+# What :mod:`eos_search.lmms_local` asks in lmms-eval's place, in rehearsals.
+LOCAL: Mapping[str, Benchmark] = {f"cluttervqa_{kind}": Benchmark(kind, _EXACT[:1]) for kind in KINDS}
+TASKS: Mapping[str, Benchmark] = {**BENCHMARKS, **LOCAL}
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ def lmms_command(
     folder: Path,
     concurrency: int = 32,
     limit: int | None = None,
+    harness: str = HARNESS,
 ) -> list[str]:
     """The command that runs lmms-eval once against one server.
 
@@ -94,6 +100,7 @@ def lmms_command(
         folder: it writes its results and samples here.
         concurrency: requests at once.
         limit: at most so many questions of each task.
+        harness: module that is run; another than lmms-eval takes its command line and leaves its files.
 
     Raises:
         EosError: a comma in address or name, which lmms-eval would split there; or a name that it takes for one of
@@ -111,7 +118,7 @@ def lmms_command(
         "api_key": "EMPTY",
         "num_concurrent": concurrency,
     }
-    command = [python, "-m", "lmms_eval", "--model", "openai"]
+    command = [python, "-m", harness, "--model", "openai"]
     command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
     command += ["--tasks", ",".join(tasks), "--batch_size", "1", "--log_samples", "--output_path", str(folder)]
     return command + (["--limit", str(limit)] if limit is not None else [])
@@ -168,7 +175,7 @@ def _newest(folder: Path, since: float = 0.0) -> Path:
 def _score(task: str, figures: Any, file: Path) -> Score:
     if not isinstance(figures, dict):
         raise EosError("results", str(file), f"it holds nothing of task {task}", "look at lmms-eval's output above")
-    benchmark = BENCHMARKS[task]
+    benchmark = TASKS[task]
     for names in benchmark.metrics:
         parts = [figures.get(name) for name in names]
         if all(isinstance(part, int | float) for part in parts):

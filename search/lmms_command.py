@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eos_search.lmms import BENCHMARKS, failed_requests, lmms_command, read_scores, record
-from eos_search.lmms_server import check_server, kept_per_image, metrics
+from eos_search.lmms import BENCHMARKS, HARNESS, TASKS, failed_requests, lmms_command, read_scores, record
+from eos_search.lmms_server import check_server, kept_per_image, metrics, own_server, serve_flags
 from eos_search.lmms_tables import budget_tables, cross_budget_table
-from eos_vllm.core.budget import image_size, kept_counts, parse_tokens
+from eos_vllm.core.budget import image_size, kept_counts, layer_average, parse_tokens
 from eos_vllm.core.errors import EosError
 
 STOCK = "none"
 BUDGETS = "192,128,96,64,32,16"
 _ALL = "all"
-_HAS_LMMS = "import importlib.util, sys; sys.exit(importlib.util.find_spec('lmms_eval') is None)"
+_HAS = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
         "lmms",
         help="the twelve public benchmarks by lmms-eval against servers",
         description="Run lmms-eval once per budget. Its requests carry no budget, so each budget has its own server: "
-        "name running ones with --servers (started with --eos-profile P --eos-retain N), or let --serve start them.",
+        "name running ones with --servers (started with --eos-profile P --eos-retain N --eos-exact-counts), or let "
+        "--serve start them.",
     )
     parser.add_argument("--servers", default=None, metavar="N=URL,...", help="a running server per budget; all=URL")
     parser.add_argument("--serve", default=None, metavar="MODEL", help="start a vllm serve of this model per budget")
@@ -49,6 +50,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--served-model", default="eos", help="model name of the servers (default: %(default)s)")
     parser.add_argument("--tasks", default=",".join(BENCHMARKS), help="lmms-eval's names (default: the paper's twelve)")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has lmms-eval (default: this one)")
+    parser.add_argument(
+        "--harness", default=HARNESS, metavar="MODULE", help="module that is run (default: %(default)s)"
+    )
     parser.add_argument("--concurrency", type=int, default=32, help="requests at once (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="at most N questions of each task")
     parser.add_argument("--folder", type=Path, default=Path("runs/lmms"), help="lmms-eval writes samples here")
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if result.get("limit"):
         print(f"At most {result['limit']} questions of each task.\n")
     print(budget_tables(result, args.against))
-    tasks = [task for task in BENCHMARKS if any(task in case["scores"] for case in result["cases"])]
+    tasks = [task for task in TASKS if any(task in case["scores"] for case in result["cases"])]
     print("\n" + "\n\n".join(cross_budget_table(result, task) for task in tasks))
     return 0
 
@@ -80,7 +84,7 @@ def targets(args: argparse.Namespace) -> list[Target]:
     Raises:
         EosError: neither servers nor a model to serve, or both; an unknown task, a budget or profile that cannot be.
     """
-    if unknown := [task for task in args.tasks.split(",") if task not in BENCHMARKS]:
+    if unknown := [task for task in args.tasks.split(",") if task not in TASKS]:
         raise EosError("--tasks", unknown[0], "is none of the paper's", f"choose from {', '.join(BENCHMARKS)}")
     if bool(args.servers) == bool(args.serve):
         raise EosError("--servers", args.servers, "one of --servers and --serve is needed", "give 64=URL,16=URL,...")
@@ -126,7 +130,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from eos_vllm.provenance import provenance
 
     wanted = targets(args)
-    require_lmms(args.python)
+    require_lmms(args.python, args.harness)
     tasks = args.tasks.split(",")
     result: dict[str, Any] = {"provenance": provenance(), "tasks": tasks, "limit": args.limit, "cases": []}
     if args.out and args.out.exists():
@@ -157,7 +161,8 @@ def run_one(args: argparse.Namespace, target: Target, base_url: str, tasks: Sequ
         EosError: the server is of another model or budget, or lmms-eval failed.
     """
     expected, folder = expected_counts(target), _folder(args, target)
-    flags = f"--eos-profile {target.profile} --eos-retain {target.budget}" if expected else "no --eos-profile"
+    started_with = serve_flags(args.served_model, target.profile, target.budget)
+    flags = " ".join(started_with[2:]) if expected else "no --eos-profile"
     if not check_server(base_url, args.served_model, expected, flags):
         print(f"{base_url} tells nothing of the tokens that it keeps; its budget is believed", file=sys.stderr)
     before, started = metrics(base_url), time.time()
@@ -171,6 +176,7 @@ def run_one(args: argparse.Namespace, target: Target, base_url: str, tasks: Sequ
         read_scores(folder, tasks, started),
         variant=_digest(target),
         expected=expected,
+        layer_average=_layer_average(target, expected),
         kept_per_image=kept_per_image(before, metrics(base_url)),
         failed=failed_requests(folder),
         seconds=round(time.time() - started),
@@ -178,19 +184,19 @@ def run_one(args: argparse.Namespace, target: Target, base_url: str, tasks: Sequ
     )
 
 
-def require_lmms(python: str) -> None:
-    """Whether an interpreter has lmms-eval.
+def require_lmms(python: str, harness: str = HARNESS) -> None:
+    """Whether an interpreter has lmms-eval, or what is run in its place.
 
     Raises:
         EosError: it hasn't, or cannot be run.
     """
     try:
-        code = subprocess.run([python, "-c", _HAS_LMMS], check=False).returncode
+        code = subprocess.run([python, "-c", _HAS, harness], check=False).returncode
     except OSError as error:
         raise EosError("--python", python, f"it cannot be run ({error.strerror})", "give an interpreter") from None
     if code:
         remedy = "install lmms-eval in an environment of its own, and name its interpreter with --python"
-        raise EosError("--python", python, "lmms-eval is not installed there", remedy)
+        raise EosError("--python", python, f"{harness.replace('_', '-')} is not installed there", remedy)
 
 
 @contextmanager
@@ -199,25 +205,10 @@ def server_of(args: argparse.Namespace, target: Target) -> Iterator[str]:
     if target.base_url:
         yield target.base_url
         return
-    from eos_vllm.cli.server_process import ServerError, serve
-
+    flags = serve_flags(args.served_model, target.profile, target.budget, args.serve_args)
     folder = _folder(args, target)
-    log = folder.with_name(folder.name + ".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with serve(args.serve, serve_flags(args, target), log) as server:
-            yield f"{server.url}/v1"
-    except ServerError as error:
-        last = str(error).splitlines()[-1]
-        raise EosError("--serve", args.serve, f"the server did not start ({last})", f"see {log}") from None
-
-
-def serve_flags(args: argparse.Namespace, target: Target) -> list[str]:
-    """Flags of a target's ``vllm serve``."""
-    flags = ["--served-model-name", args.served_model]
-    if target.budget is not None:
-        flags += ["--eos-profile", target.profile, "--eos-retain", str(target.budget)]
-    return flags + args.serve_args.split()
+    with own_server(args.serve, flags, folder.with_name(folder.name + ".log")) as base_url:
+        yield base_url
 
 
 def read_raw(file: Path) -> dict[str, Any]:
@@ -239,7 +230,8 @@ def read_raw(file: Path) -> dict[str, Any]:
 def _command(args: argparse.Namespace, target: Target, base_url: str) -> list[str]:
     tasks = args.tasks.split(",")
     folder = _folder(args, target)
-    return lmms_command(args.python, base_url, args.served_model, tasks, folder, args.concurrency, args.limit)
+    told = args.concurrency, args.limit, args.harness
+    return lmms_command(args.python, base_url, args.served_model, tasks, folder, *told)
 
 
 def _name(target: Target) -> str:
@@ -253,6 +245,12 @@ def _digest(target: Target) -> str | None:
     from eos_vllm import profiles
 
     return None if target.profile == STOCK else digest(profiles.resolve(target.profile))
+
+
+def _layer_average(target: Target, counts: Sequence[int]) -> float | None:
+    from eos_vllm import profiles
+
+    return round(layer_average(profiles.resolve(target.profile), counts), 1) if counts else None
 
 
 def _folder(args: argparse.Namespace, target: Target) -> Path:

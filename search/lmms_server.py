@@ -5,12 +5,15 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from eos_vllm.core.errors import EosError
 
 _TIMEOUT = 60
+_EMBEDDED = "embedded"
 # Counters follow an answer with some delay; a server without a profile never gets any.
 _COUNTERS_SECONDS = 5
 _COUNTER = re.compile(r"^eos_(images|visual_tokens_kept)_total\{(.*)\} (\S+)$", re.MULTILINE)
@@ -57,6 +60,39 @@ def check_server(
         found, wanted = (list(counts) or "all tokens" for counts in (kept.values(), expected))
         raise EosError("server", base_url, f"of an image it keeps {found}, not {wanted}", f"start it with {flags}")
     return True
+
+
+def serve_flags(served_model: str, profile: str, budget: int | None, more: str = "") -> list[str]:
+    """Flags of a ``vllm serve`` with a profile at a budget; of one without where ``budget`` is None.
+
+    Counts are exact: tables name the tokens that are kept, which a server else rounds to whole KV blocks.
+    """
+    flags = ["--served-model-name", served_model]
+    if budget is not None:
+        flags += ["--eos-profile", profile, "--eos-retain", str(budget), "--eos-exact-counts"]
+    return flags + more.split()
+
+
+@contextmanager
+def own_server(model: str, flags: Sequence[str], log: Path) -> Iterator[str]:
+    """Base URL of a ``vllm serve`` for the length of the block.
+
+    Raises:
+        EosError: it did not start.
+    """
+    from eos_vllm.cli.server_process import ServerError, serve
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if model == _EMBEDDED:
+        from eos_vllm.models import embedded
+
+        model = str(embedded.path())
+    try:
+        with serve(model, flags, log) as server:
+            yield f"{server.url}/v1"
+    except ServerError as error:
+        last = str(error).splitlines()[-1]
+        raise EosError("--serve", model, f"the server did not start ({last})", f"see {log}") from None
 
 
 def metrics(base_url: str) -> str:

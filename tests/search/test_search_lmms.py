@@ -3,18 +3,15 @@
 import json
 import os
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lmms_cases import FakeServer, counters, running
 
 from eos_search.lmms import BENCHMARKS, FAILED, failed_requests, lmms_command, read_scores
-from eos_search.lmms_command import STOCK, Target, add_parser, serve_flags, targets
-from eos_search.lmms_server import check_server, kept_per_image
+from eos_search.lmms_command import STOCK, Target, add_parser, targets
+from eos_search.lmms_server import check_server, kept_per_image, serve_flags
 from eos_search.lmms_tables import average, budget_tables, cross_budget_table
 from eos_search.main import main
 from eos_vllm.core.budget import kept_counts
@@ -167,14 +164,6 @@ def test_tables_are_those_of_the_paper() -> None:
     ]
 
 
-def counters(images: float, kept: dict[int, float], engine: int = 0) -> str:
-    """Lines of a server's ``/metrics``."""
-    lines = [f'vllm:num_requests_running{{engine="{engine}"}} 0.0', "# TYPE eos_images_total counter"]
-    lines.append(f'eos_images_total{{engine="{engine}"}} {images}')
-    lines += [f'eos_visual_tokens_kept_total{{engine="{engine}",layer="{k}"}} {v}' for k, v in kept.items()]
-    return "\n".join(lines) + "\n"
-
-
 def test_kept_tokens_are_counted_between_two_readings() -> None:
     before, after = counters(10, {3: 1000, 16: 200}), counters(14, {3: 1400, 16: 264})
     assert kept_per_image(before, after) == {"3": 100, "16": 16}
@@ -182,64 +171,6 @@ def test_kept_tokens_are_counted_between_two_readings() -> None:
     assert kept_per_image(before, two) == {"3": 100, "16": 16}
     assert kept_per_image(before, before) == {}
     assert kept_per_image("vllm:x 1\n", "vllm:x 2\n") == {}
-
-
-class FakeServer:
-    """A server that keeps ``kept`` tokens after each layer of every image, as its counters say."""
-
-    def __init__(self, kept: dict[int, int] | None, name: str = "eos") -> None:
-        self.kept, self.name, self.images = kept, name, 0
-
-    def text(self, path: str) -> str:
-        """Body of ``GET path``."""
-        if self.name == "page":
-            return "<html></html>"
-        if path == "/v1/models":
-            return json.dumps({"data": [{"id": self.name}]})
-        if self.kept is None:
-            return "vllm:num_requests_running 0.0\n"
-        if not self.kept:
-            return ""
-        return counters(self.images, {layer: self.images * count for layer, count in self.kept.items()})
-
-    def answered(self, *_: str) -> None:
-        """One more image."""
-        self.images += 1
-
-
-@contextmanager
-def running(server: FakeServer) -> Iterator[str]:
-    """The server's base URL while it listens."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, body: str) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def do_GET(self) -> None:
-            self.reply(server.text(self.path))
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            server.answered()
-            message = {"role": "assistant", "content": "yes"}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "eos", "choices": [choice]}
-            self.reply(json.dumps(reply))
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listening.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.server_port}/v1"
-    finally:
-        listening.shutdown()
-        listening.server_close()
 
 
 def test_a_server_of_another_budget_is_refused() -> None:
@@ -280,12 +211,12 @@ def test_targets_need_a_server_for_each_budget() -> None:
     found = targets(arguments("--servers", "64=http://a:1/v1/,all=http://b:2/v1", "--profiles", PROFILE))
     assert found == [Target(PROFILE, 64, "http://a:1/v1"), Target(STOCK, None, "http://b:2/v1")]
     served = arguments("--serve", "model", "--profiles", f"none,{PROFILE}", "--budgets", "64,16")
-    served.serve_args = "--dtype half"
     assert targets(served) == [Target(STOCK, None, None), Target(PROFILE, 64, None), Target(PROFILE, 16, None)]
     name = ["--served-model-name", "eos"]
-    assert serve_flags(served, Target(STOCK, None, None)) == [*name, "--dtype", "half"]
-    budget = ["--eos-profile", PROFILE, "--eos-retain", "16"]
-    assert serve_flags(served, Target(PROFILE, 16, None)) == [*name, *budget, "--dtype", "half"]
+    assert serve_flags("eos", STOCK, None, "--dtype half") == [*name, "--dtype", "half"]
+    # A server rounds counts to KV blocks unless it is told not to: tables name the exact ones.
+    budget = ["--eos-profile", PROFILE, "--eos-retain", "16", "--eos-exact-counts"]
+    assert serve_flags("eos", PROFILE, 16, "--dtype half") == [*name, *budget, "--dtype", "half"]
 
 
 # Stands in for an environment's interpreter that has lmms-eval: writes results as it does.
