@@ -1,7 +1,8 @@
 # make setup | test | lint | demo | docs | clean
 # make up | down | drill | faults | deploy-check | deploy-rules
 # make page | test-page | page-screenshots | page-fuzz
-# make embedded-model | accuracy | several-questions | equal-cost | choices | search | ablations | bench | loadtest | elastic-sweep
+# make embedded-model | accuracy | several-questions | equal-cost | choices | search | reproduce | ablations | bench | loadtest
+# make elastic-sweep
 # make bench-smoke | soak | soak-replicas
 #
 # Everything runs in .venv, which is made on first use (about 3 minutes) and left alone as long as pyproject.toml stays
@@ -29,7 +30,7 @@ CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v
 
 .PHONY: setup test test-engines test-others lint demo docs clean up down drill faults deploy-check deploy-rules
 .PHONY: page test-page page-screenshots page-fuzz
-.PHONY: embedded-model accuracy several-questions equal-cost choices search ablations bench loadtest elastic-sweep bench-smoke soak soak-replicas
+.PHONY: embedded-model accuracy several-questions equal-cost choices search reproduce ablations bench loadtest elastic-sweep bench-smoke soak soak-replicas
 
 setup: $(READY)
 
@@ -141,6 +142,17 @@ search: setup
 	$(BIN)/eos-search run --config embedded
 	$(BIN)/eos-search plot search --run runs/embedded --out runs/embedded/search.png
 
+# The paper's search on LLaVA-1.5-7B (a GPU) and its Tables 4, 7 and 8, with lmms-eval in an environment of its own:
+#   make reproduce MODEL=llava-hf/llava-1.5-7b-hf DATA=llava_v1_5_mix665k.json LMMS=../lmms/bin/python
+# MODEL=embedded: the same from end to end in minutes on two cores, in few steps and on a small local task. More options:
+#   REPRODUCE='--config llava-1.5-7b-paper --limit 500'. Goes on where it was stopped.
+MODEL ?= embedded
+DATA ?=
+LMMS ?=
+REPRODUCE ?=
+reproduce: setup
+	$(BIN)/eos-search reproduce --model '$(MODEL)' $(if $(DATA),--data '$(DATA)') $(if $(LMMS),--python '$(LMMS)') $(REPRODUCE)
+
 # The paper's studies on the searched profile of the embedded model, and their figures; goes on where it was stopped.
 ABLATE := $(BIN)/eos-search ablate
 PLOT := $(BIN)/eos-search plot
@@ -148,10 +160,12 @@ STUDIES := results/studies
 T := $(STUDIES)/trials
 TRIALS := $T/one-budget.json,$T/four-budgets.json,$T/aligned.json,$T/aligned-warm.json,$P,$T/searched-relevant-text.json,\
 	$T/searched-last-text.json
+# The paper's weights of the alignment (Fig. 4; with CE-off its eight points), and the committed search's own, 1.
+LAMBDAS := 0,0.01,0.02,0.05,0.1,0.2,0.5,1
 ablations: setup
-	$(ABLATE) alignment --config embedded --steps 100 --lambdas 0,0.1,1 --per-kind 40 --out $(STUDIES)/alignment.json
+	$(ABLATE) alignment --config embedded --steps 100 --lambdas '$(LAMBDAS)' --per-kind 40 --out $(STUDIES)/alignment.json
 	$(ABLATE) placement --profile $P --budgets 64,16 --per-kind 40 --out $(STUDIES)/placement.json
-	$(ABLATE) operator --profile $P --budgets 16 --per-kind 20 --out $(STUDIES)/operator.json
+	$(ABLATE) operator --profile $P --budgets 192,64,16 --per-kind 20 --out $(STUDIES)/operator.json
 	$(ABLATE) robustness --profile $P --budgets 64,16 --per-kind 40 --out $(STUDIES)/robustness.json
 	$(ABLATE) budgets --profiles '$(TRIALS)' --split validation --budgets 192,64,16 --per-kind 40 --out $(STUDIES)/trials.json
 	$(ABLATE) gradients --config embedded --run results/embedded-search --budgets own,32 --out $(STUDIES)/gradients.json

@@ -12,6 +12,7 @@ COMMANDS = {
     "ablate": ("ablate_command", "the paper's studies: alignment, placement, operator, budgets, robustness"),
     "plot": ("plot_command", "figures from raw results, runs and profiles, each with its data as JSON"),
     "lmms": ("lmms_command", "the twelve public benchmarks by lmms-eval against servers, a table per budget"),
+    "reproduce": ("reproduce_command", "search on real data, and the paper's Tables 4, 7 and 8"),
 }
 PROGRAM = Program("eos-search", "Search of visual token reduction operators.", "eos_search", COMMANDS)
 build_parser, main = PROGRAM.build_parser, PROGRAM.main
