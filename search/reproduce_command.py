@@ -214,7 +214,7 @@ def page_head(model: str, config: str, result: dict[str, Any]) -> str:
 on {machine_line(source)}.{limit}
 
 Budgets are what is left of an image in the end, but for counts that SparseVLM publishes: compare rows with a look at
-their layer average, at the end of this page. MME is the sum of perception and cognition, and a share of 2800 in the
-average.
+their layer average, at the end of this page. MME is the sum of perception and cognition; the average takes it as a
+share of 2800.
 
 """
