@@ -7,30 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from eos_search.reference import ReferenceModel
-from eos_vllm.cli.server_process import Server, serve
+from eos_vllm.cli.server_process import Server
 from eos_vllm.core.plan import Planner
-from eos_vllm.models.images import sample_image, to_data_url
+from eos_vllm.models.images import sample_image
 from support.profiles import make_profile
+from support.servers import client_of, messages, serve_profile, tiny_flags
 
 pytestmark = pytest.mark.serving
 PROFILE = make_profile(operator_values={"gamma": 0.2, "tau": 0.3, "theta": 0.1, "rho": 0.4, "nu": 0.2})
-FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(64 << 20)]
-FLAGS += ["--served-model-name", "tiny", "--data-parallel-size", "2", "--eos-page"]
 REQUESTS = 24
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("processes")
-    theta = folder / "theta.json"
-    theta.write_text(json.dumps(PROFILE.to_dict()))
+    flags = tiny_flags("--data-parallel-size", "2", "--eos-page")
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with serve(tiny_model, [*FLAGS, "--eos-profile", str(theta)], folder / "log", environment) as running:
+    with serve_profile(tiny_model, PROFILE, flags, tmp_path_factory.mktemp("processes"), **environment) as running:
         yield running
 
 
@@ -52,11 +48,8 @@ def status(server: Server) -> Any:
 
 def ask(server: Server, i: int) -> str:
     # A client of its own, hence a connection of its own: the kernel spreads those over the API servers.
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-    image = {"type": "image_url", "image_url": {"url": to_data_url(sample_image(500 + i))}}
-    content: list[Any] = [image, {"type": "text", "text": f"Question {i}?"}]
-    answer = client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": content}], max_tokens=12, temperature=0
+    answer = client_of(server).chat.completions.create(
+        model="tiny", messages=messages(f"Question {i}?", 500 + i), max_tokens=12, temperature=0
     )
     return str(answer.choices[0].message.content)
 
@@ -102,18 +95,16 @@ def test_either_server_tells_of_all_workers(server: Server) -> None:
 
 def test_traces_by_either_server(server: Server) -> None:
     """A trace lies in the engine that answered; each API server asks both."""
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
     counts = Planner(PROFILE, block=32).counts()
 
     def traced(i: int) -> str:
-        image = {"type": "image_url", "image_url": {"url": to_data_url(sample_image(600 + i))}}
-        content: list[Any] = [image, {"type": "text", "text": "What?"}]
-        return client.chat.completions.create(
+        answer = client_of(server).chat.completions.create(
             model="tiny",
-            messages=[{"role": "user", "content": content}],
+            messages=messages("What?", 600 + i),
             max_tokens=4,
             extra_body={"vllm_xargs": {"eos_trace": True}},
-        ).id
+        )
+        return str(answer.id)
 
     before = figures(server, "eos_images_total")
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
