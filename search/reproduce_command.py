@@ -18,7 +18,7 @@ from typing import Any
 from eos_search.lmms import BENCHMARKS, HARNESS, LOCAL
 from eos_vllm.core.errors import EosError
 
-_EMBEDDED = "embedded"
+_EMBEDDED, _NONE = "embedded", "none"
 _DATA = "llava_v1_5_mix665k.json"
 
 
@@ -28,7 +28,7 @@ class Recipe:
 
     Attributes:
         config: settings of the search.
-        profiles: rows of the tables beside the unreduced model and the searched profile.
+        profiles: rows of the tables beside the searched profile; none is the unreduced model.
         against: the one among them that Table 7 shows differences to.
         tasks: columns of the tables.
         harness: what answers them.
@@ -52,7 +52,7 @@ class Recipe:
 # Evaluation is in fp16 in the paper (Table 5). Its ToMe and Pool stand at SparseVLM's layers.
 LLAVA = Recipe(
     "llava-1.5-7b",
-    tuple(f"{name}-llava-1.5-7b" for name in ("sparsevlm-v1", "sparsevlm-v2", "tome-style", "pool", "eos")),
+    ("none", *(f"{name}-llava-1.5-7b" for name in ("sparsevlm-v1", "sparsevlm-v2", "tome-style", "pool", "eos"))),
     "sparsevlm-v2-llava-1.5-7b",
     tuple(BENCHMARKS),
     HARNESS,
@@ -60,7 +60,7 @@ LLAVA = Recipe(
 )
 REHEARSAL = Recipe(
     _EMBEDDED,
-    ("embedded-sparsevlm-v2",),
+    ("none", "embedded-sparsevlm-v2"),
     "embedded-sparsevlm-v2",
     tuple(LOCAL),
     "eos_search.lmms_local",
@@ -83,7 +83,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--data", default=None, help=f"{_DATA}, with its images beside it; nothing for embedded")
     parser.add_argument("--config", default=None, help="of the search (default: llava-1.5-7b, or embedded)")
     parser.add_argument("--steps", type=int, default=None, help="of the search (default: the config's; 40 on embedded)")
-    parser.add_argument("--profiles", default=None, help="rows beside none and the searched (default: the paper's)")
+    parser.add_argument("--profiles", default=None, help="rows beside the searched one (default: the paper's)")
     parser.add_argument("--budgets", default=None, help=f"visual tokens of an image (default: {LLAVA.budgets})")
     parser.add_argument("--tasks", default=None, help="columns of the tables (default: the paper's twelve)")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="at most N questions of each task")
@@ -105,8 +105,10 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = recipe_of(args.model)
     folder = args.out or Path("runs") / f"reproduce-{args.config or recipe.config}"
-    baselines = comparable(args.profiles.split(",") if args.profiles else recipe.profiles, folder)
-    steps, page = commands(args, recipe, folder, list(baselines)), folder / "tables.md"
+    names = args.profiles.split(",") if args.profiles else recipe.profiles
+    baselines = comparable(names, folder)
+    rows = [*[_NONE] * (_NONE in names), *map(str, baselines)]
+    steps, page = commands(args, recipe, folder, rows), folder / "tables.md"
     if args.dry_run:
         print("\n".join(shlex.join(["eos-search", *words]) for words in steps), f"would write {page}", sep="\n")
         return 0
@@ -137,7 +139,7 @@ def recipe_of(model: str) -> Recipe:
     return REHEARSAL if model == _EMBEDDED else LLAVA
 
 
-def commands(args: argparse.Namespace, recipe: Recipe, folder: Path, baselines: Sequence[Path]) -> list[list[str]]:
+def commands(args: argparse.Namespace, recipe: Recipe, folder: Path, rows: Sequence[str]) -> list[list[str]]:
     """The steps, each as words behind ``eos-search``; a search that has ended is not among them.
 
     Raises:
@@ -153,9 +155,8 @@ def commands(args: argparse.Namespace, recipe: Recipe, folder: Path, baselines: 
     found = [] if (search / "theta.json").exists() else [["run", "--config", config, *flags, *["--resume"] * begun]]
     found.append(["plot", "search", "--run", str(search), "--out", str(folder / "search.png")])
     limit = args.limit or recipe.limit
-    rows = ["none", *map(str, baselines), str(search / "theta.json")]
     words = ["lmms", "--serve", args.model, f"--serve-args={args.serve_args or recipe.serve}"]
-    words += ["--profiles", ",".join(rows), "--budgets", args.budgets or recipe.budgets]
+    words += ["--profiles", ",".join([*rows, str(search / "theta.json")]), "--budgets", args.budgets or recipe.budgets]
     words += ["--tasks", args.tasks or ",".join(recipe.tasks)]
     words += ["--python", args.python, "--harness", recipe.harness, "--folder", str(folder / "lmms"), "--out", str(raw)]
     words += ["--limit", str(limit)] if limit is not None else []
@@ -187,7 +188,7 @@ def comparable(names: Sequence[str], folder: Path) -> dict[Path, dict[str, Any]]
     from eos_vllm import profiles
 
     found = {}
-    for name in names:
+    for name in (name for name in names if name != _NONE):
         data = profiles.resolve(name).to_dict()
         data["budget"]["measure"] = "final"
         found[folder / "profiles" / f"{data['name']}.json"] = data

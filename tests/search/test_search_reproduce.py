@@ -44,7 +44,7 @@ def test_real_data_are_searched_served_and_tabled(tmp_path: Path, capsys: pytest
     assert told["--budgets"] == "192,128,96,64,32,16"
     rows = told["--profiles"].split(",")
     assert (rows[0], rows[-1]) == ("none", f"{out}/search/theta.json")
-    assert [Path(row).stem for row in rows[1:-1]] == list(LLAVA.profiles)
+    assert [Path(row).stem for row in rows[1:-1]] == list(LLAVA.profiles[1:])
     assert "--serve-args=--dtype float16" in lmms
     assert not Path(out).exists()
 
@@ -105,7 +105,7 @@ def test_every_row_has_every_budget(recipe: Any, tmp_path: Path) -> None:
     made = comparable(recipe.profiles, tmp_path)
     write_profiles(made)
     assert recipe.against in [parse_profile(data).name for data in made.values()]
-    for file, name in zip(made, recipe.profiles, strict=True):
+    for file, name in zip(made, recipe.profiles[1:], strict=True):
         profile, shipped = read_profile(file), load(name)
         for budget in (parse_tokens(text) for text in LLAVA.budgets.split(",")):
             counts = kept_counts(profile, budget)
