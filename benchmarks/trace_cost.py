@@ -139,7 +139,7 @@ def table(result: dict[str, Any]) -> str:
     reading = 1000 * statistics.median(result["read_seconds"]) / REQUESTS
     lines += ["", f"Traced over not traced, one engine: wall {wall}, CPU {cpu}."]
     lines += ["", f"Reading a trace afterwards: {reading:.2f} ms."]
-    if rss := result["rss_mib"]:
+    if len(rss := result["rss_mib"]) >= 5:
         fifth = len(rss) // 5
         traced_in_all = REQUESTS * len(rss)
         lines += [
