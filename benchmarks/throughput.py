@@ -80,13 +80,13 @@ def one_case(args: argparse.Namespace, model: Any, profile: Profile, kv: str) ->
     shape = geometry(Path(model))
     per_block = shape.kv_bytes_per_token(4) * BLOCK * shape.num_decoder_layers
     # Bound: about two and a half stock requests fit; large: all of a turn and more.
-    blocks = 23 * (5 if kv == "bound" else 4 * args.requests * 2) // 2
+    blocks = 22 * (5 if kv == "bound" else 4 * args.requests * 2) // 2
     settings: dict[str, Any] = {
         "model": str(model),
         "dtype": "float32",
         "enforce_eager": not args.compile,
-        "max_model_len": 736,
-        "max_num_batched_tokens": 2944,
+        "max_model_len": 704,
+        "max_num_batched_tokens": 2816,
         "kv_cache_memory_bytes": blocks * per_block,
         "block_size": BLOCK,
         "limit_mm_per_prompt": {"image": 1},

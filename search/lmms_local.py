@@ -72,6 +72,8 @@ def ask(
             rows = read_rows(export(Path(folder) / "rows", "test", limit))
             for task in tasks:
                 asked = [row for row in rows if row.kind == LOCAL[task].title][:limit]
+                if not asked:
+                    raise EosError("--limit", limit, f"its images have no question of {task}", "give more")
                 replies = answerer.answer(asked, [Case(STOCK, None, None)], lambda _: None)[0]
                 results[task] = _figures(asked, replies)
                 samples[task] = [

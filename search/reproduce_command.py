@@ -8,6 +8,7 @@ Each step is a command of its own, is printed, and goes on where it was stopped:
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -125,13 +126,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_step(words: Sequence[str]) -> int:
-    """Exit code of a step. Ctrl-C reaches the step as well, which then ends its servers or writes its checkpoint."""
+    """Exit code of a step. Ctrl-C and SIGTERM end the step first: it ends its servers, or writes its checkpoint."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     process = subprocess.Popen([sys.executable, "-m", "eos_search.main", *words])
     try:
         return process.wait()
     except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)  # a terminal's Ctrl-C has reached it already, a SIGTERM has not
         process.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def recipe_of(model: str) -> Recipe:

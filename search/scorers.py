@@ -18,8 +18,8 @@ from eos_vllm.core.errors import EosError
 _ANLS_THRESHOLD = 0.5
 # What may surround an option's letter.
 _MARKS = ".,:;!()[]{}*#\"'"
-# In longer replies a lone A may be the article.
-_ARTICLE_WORDS = 3
+# What follows on a letter that begins a sentence, and on no article.
+_AFTER_LETTERS = ("is", "because", "or", "and")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def named_option(reply: str, options: Sequence[str]) -> int | None:
     """Place of the one option that a reply names, as MMBench matches before it asks a judge (2307.06281).
 
     The whole reply is a letter, or an option's text; else one capital letter stands in it, such as ``C.`` or ``(C)``;
-    else one option's text does, as whole words. A bare A among more than three words is taken for the article.
+    else one option's text does, as whole words. A bare A that begins a sentence is the article, a bare I the pronoun,
+    where another word follows.
 
     Returns:
         None where it names none or several.
@@ -174,11 +175,19 @@ def named_option(reply: str, options: Sequence[str]) -> int | None:
     if (found := _whole(reply, options)) is not None:
         return found
     words, text = reply.split(), _one_form(reply)
-    likely = [word for word in words if word != "A" or len(words) <= _ARTICLE_WORDS]
+    likely = [word for i, word in enumerate(words) if not _is_a_word(words, i)]
     named = {place for word in likely if (place := _letter(word, options)) is not None} or {
         i for i, option in enumerate(options) if re.search(rf"(?<!\w){re.escape(_one_form(option))}(?!\w)", text)
     }
     return named.pop() if len(named) == 1 else None
+
+
+def _is_a_word(words: Sequence[str], i: int) -> bool:
+    """Whether a capital letter among words is the article or the pronoun, and no letter of an option."""
+    if i + 1 == len(words):
+        return False
+    begins = i == 0 or words[i - 1].endswith((".", "!", "?"))
+    return words[i] == "I" or (words[i] == "A" and begins and words[i + 1] not in _AFTER_LETTERS)
 
 
 def _whole(text: str, options: Sequence[str]) -> int | None:

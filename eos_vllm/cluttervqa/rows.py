@@ -99,8 +99,8 @@ def _row(folder: Path, number: int, data: Any) -> Row:
     """The row of one line; KeyError, TypeError or another of ``read_rows``' errors where it is none."""
     if not isinstance(data["prompt"], str):
         raise TypeError("prompt is no string")
-    answers = _strings("answers", data.get("answers", []))
-    options = _strings("options", data.get("options", []))
+    answers = _strings("answers", data.get("answers") or [])
+    options = _strings("options", data.get("options") or [])
     answer = data.get("answer", "") if answers else data["answer"]
     if not isinstance(answer, str):
         raise TypeError("answer is no string")

@@ -12,6 +12,8 @@ from eos_vllm.core.profile import SCHEMA, ModelSpec, Profile, Withdrawal, parse_
 
 # Each halves a range of two tokens: what is left of it is below what any count can tell apart.
 _HALVINGS = 14
+# What rounding to whole tokens may leave between a cost and the nearest counts.
+_OFF = 0.5
 
 
 def at_costs(draft: Profile, costs: Sequence[int]) -> Profile:
@@ -27,7 +29,7 @@ def at_costs(draft: Profile, costs: Sequence[int]) -> Profile:
         on. Eq. 11 of its own gates and discards gives the counts of the first.
 
     Raises:
-        BudgetError: a cost below what the layers can reach.
+        BudgetError: a cost that the layers cannot have: below what they can reach, or above what a withdrawal leaves.
     """
     schedules = {str(cost): list(nearest_counts(draft, cost)) for cost in costs}
     data, left = draft.to_dict(), image_size(draft)
@@ -60,6 +62,9 @@ def nearest_counts(draft: Profile, cost: int) -> tuple[int, ...]:
         if abs(found - cost) < abs(layer_average(draft, best) - cost):
             best = counts
         low, high = (middle, high) if found < cost else (low, middle)
+    if abs(nearest := layer_average(draft, best) - cost) > _OFF + 1e-9:
+        problem = f"the layers of {draft.name} come to {nearest + cost:.1f} at most"
+        raise BudgetError("cost", cost, problem, "give less, or reduce later")
     return best
 
 

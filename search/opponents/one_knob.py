@@ -20,7 +20,7 @@ from eos_search.raw import digest
 from eos_vllm import profiles
 from eos_vllm.analysis.comparison import measured_by
 from eos_vllm.analysis.scaling import scale_to_model
-from eos_vllm.core.errors import EosError
+from eos_vllm.core.errors import BudgetError, EosError
 from eos_vllm.core.profile import Profile, Withdrawal, check_fits, parse_profile
 from eos_vllm.core.selectors import LAST
 from eos_vllm.models.geometry import ModelGeometry
@@ -30,6 +30,7 @@ GAMMAS = (0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 PLACES = 3
 _FULL_SIZE = "-llava-1.5-7b"
+_PAPERS = "eos-llava-1.5-7b"
 
 
 class OneKnob:
@@ -57,7 +58,10 @@ class OneKnob:
         for stage in self.stages:
             group = []
             for profile, about in stage():
-                met = at_costs(profile, self.costs)
+                try:
+                    met = at_costs(profile, self.costs)
+                except BudgetError:  # one that withdraws an image cannot cost as much as others
+                    continue
                 if (does := digest(met)) not in self.drafts:
                     self.drafts[does] = profile
                     group.append(Candidate(met, about))
@@ -116,12 +120,13 @@ class OneKnob:
 
 
 def hand_made(sizes: ModelGeometry) -> list[Profile]:
-    """The packaged profiles for a model that no search has made, by ``layer_average`` and without schedules.
+    """The packaged profiles for a model that no search has made, ours or the paper's, by ``layer_average`` and without
+    schedules.
 
     Where none was made for the model, those for LLaVA-1.5-7B are scaled to it.
     """
     packaged = [profiles.load(name) for name in profiles.names()]
-    by_hand = [p for p in packaged if not str(p.provenance.get("command", "")).startswith("eos-search")]
+    by_hand = [profile for profile in packaged if not _was_searched(profile)]
     fitting = [profile for profile in by_hand if _fits(profile, sizes)]
     if not fitting:
         for profile in by_hand:
@@ -130,6 +135,11 @@ def hand_made(sizes: ModelGeometry) -> list[Profile]:
             if profile.name.endswith(_FULL_SIZE) and not named:
                 fitting += _scaled(measured_by(profile, "layer_average", sizes), sizes)
     return [measured_by(profile, "layer_average", sizes) for profile in fitting]
+
+
+def _was_searched(profile: Profile) -> bool:
+    """Whether a search found it: one of ours, or the paper's."""
+    return str(profile.provenance.get("command", "")).startswith("eos-search") or profile.name == _PAPERS
 
 
 def _fits(profile: Profile, sizes: ModelGeometry) -> bool:

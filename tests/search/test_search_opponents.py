@@ -85,6 +85,16 @@ def test_a_cost_below_what_layers_can_reach_is_refused() -> None:
     check_costs(at_costs(base, (128, 64)), (128, 64))
 
 
+def test_a_cost_above_what_a_withdrawal_leaves_is_refused() -> None:
+    """The last layers have none of the image, whatever the others keep."""
+    bases = {profile.name: profile for profile in hand_made(embedded_sizes())}
+    with pytest.raises(BudgetError, match=r"come to 432\.0 at most"):
+        at_costs(bases["embedded-shared-image"], (500,))
+    names = {candidate.about["base"] for candidate in OneKnob(list(bases.values()), (500,), QUERIES, 0).propose()}
+    assert "embedded-fastv" in names
+    assert "embedded-shared-image" not in names
+
+
 def test_without_a_place_inside_the_decoder_all_points_begin_before_it() -> None:
     space = make_space(8, (60,))
     drawn = [space.draw(RandomChooser(str(seed))) for seed in range(30)]
@@ -147,9 +157,11 @@ def test_hand_made_profiles_are_those_of_the_model_or_scaled_to_it() -> None:
     names = {profile.name for profile in hand_made(embedded_sizes())}
     assert {"embedded-fastv", "embedded-pool", "embedded-vscan", "embedded-divprune"} <= names
     assert "embedded-searched" not in names
+    assert "embedded-eos" in names
     sizes = replace(embedded_sizes(), num_decoder_layers=12, visual_tokens=144)
     scaled = hand_made(sizes)
     assert {"fastv-llava-1.5-7b", "sparsevlm-v2-llava-1.5-7b", "two-stage-llava-1.5-7b"} <= {p.name for p in scaled}
+    assert "eos-llava-1.5-7b" not in {p.name for p in scaled}, "a search found it"
     assert all((p.model.num_decoder_layers, p.model.visual_tokens) == (12, 144) for p in scaled)
     opponent = OneKnob(scaled, (40,), QUERIES, 0)
     assert len(opponent.bases) == len(scaled)

@@ -130,6 +130,12 @@ def test_edit_distance_is_a_distance(a, b, c):
         ("A", 0),
         ("A. red", 0),
         ("A car in dark blue paint", 1),  # an article
+        ("A red one", 0),
+        ("A dark blue one", 1),
+        ("The answer is A", 0),
+        ("Option A is right here", 0),
+        ("A is right", 0),
+        ("I think it is red", 0),
         ("Dark Blue.", 1),
         ("It is red", 0),
         ("It is reddish", None),
