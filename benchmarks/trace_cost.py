@@ -56,7 +56,7 @@ def in_rounds(model: Path, rounds: int, seconds: float) -> dict[str, Any]:
         "enforce_eager": True,
         "max_model_len": 2048,
         "max_num_seqs": REQUESTS,
-        "kv_cache_memory_bytes": 256 << 20,
+        "kv_cache_memory_bytes": 1 << 30,
         "limit_mm_per_prompt": {"image": 1},
     }
     engines = {

@@ -18,15 +18,17 @@ _P = ParamSpec("_P")
 def command(name: str, resumable: bool = False) -> Callable[[Callable[_P, int]], Callable[_P, int]]:
     """Makes a ``main`` return 2 for a mistake of the user, 1 if a server or load tester failed, and say why in a line.
 
+    Ctrl-C and SIGTERM return 130, once the servers that it started have ended.
+
     Args:
         name: the module's, within this package.
-        resumable: the same command goes on with what was stopped: Ctrl-C and SIGTERM return 130.
+        resumable: the same command goes on with what was stopped.
     """
 
     def decorate(main: Callable[_P, int]) -> Callable[_P, int]:
         @functools.wraps(main)
         def run(*args: _P.args, **kwargs: _P.kwargs) -> int:
-            before = signal.signal(signal.SIGTERM, _interrupt) if resumable else None
+            before = signal.signal(signal.SIGTERM, _interrupt)
             try:
                 return main(*args, **kwargs)
             except EosError as e:
@@ -36,13 +38,10 @@ def command(name: str, resumable: bool = False) -> Callable[[Callable[_P, int]],
                 say(f"loadtests.{name}: {e}" + ("\nThe same command goes on from here." if resumable else ""))
                 return 1
             except KeyboardInterrupt:
-                if not resumable:
-                    raise
-                say(f"loadtests.{name}: stopped; the same command goes on from here.")
+                say(f"loadtests.{name}: stopped" + ("; the same command goes on from here." if resumable else "."))
                 return 130
             finally:
-                if resumable:
-                    signal.signal(signal.SIGTERM, before)
+                signal.signal(signal.SIGTERM, before)
 
         return run
 
