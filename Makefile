@@ -19,8 +19,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # mypy takes packages from the path, and search/ is imported as eos_search: this link tells it so.
 MYPY_LINKS := .cache/mypy
-# Two processes: tests that start engines in one, all others in the other.
-ENGINES := tests/parity tests/serving
+# Two processes that take about as long: engines within the process in one, servers and all others in the other.
+ENGINES := tests/parity
 # Of the page what needs no server; the rest is `make test-page`.
 PAGE := tests/page/test_page_files.py
 OTHERS := $(PAGE) $(filter-out $(ENGINES) tests/page tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/)))) $(wildcard tests/test_*.py)
