@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Process = Literal["front end", "engine core", "worker"]
+Process = Literal["front end", "elastic front end", "engine core", "worker"]
 REMEDY = "install a version of vLLM that this eos-vllm supports (eos-vllm doctor), or leave out --eos-profile"
 # What the reduction's metadata, slots and KV writes were written against; CPU_ATTN is the one that tests run.
 ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
@@ -110,7 +110,6 @@ _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _LLAVA = "vllm.model_executor.models.llava"
 _CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
-_COMPLETION = "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
 _ATTENTION = "vllm.model_executor.layers.attention:Attention"
 
 RELIANCES: dict[Process, tuple[Reliance, ...]] = {
@@ -131,8 +130,6 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Takes("vllm.plugins:load_endpoint_plugins", ("supported_tasks",)),
         Takes("vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware.verify_token", ("headers",)),
         Takes("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method",)),
-        Takes(f"{_CHAT}.chat_completion_stream_generator", ("self", "result_generator")),
-        Takes(f"{_COMPLETION}.completion_stream_generator", ("self", "result_generator")),
         Takes("vllm.v1.engine.async_llm:AsyncLLM._add_request", ("request",)),
         Takes("vllm.v1.engine.async_llm:AsyncLLM.get_num_queued_tokens", ("self",)),
         Takes("vllm.v1.engine.async_llm:AsyncLLM.check_admission", ("self", "n", "request_id")),
@@ -149,6 +146,7 @@ RELIANCES: dict[Process, tuple[Reliance, ...]] = {
         Has("vllm.multimodal.processing:PromptReplacement", ("modality", "replacement")),
         Has("vllm.multimodal:MULTIMODAL_REGISTRY", ("get_processing_info",)),
     ),
+    "elastic front end": (Takes(f"{_CHAT}.chat_completion_stream_generator", ("self", "result_generator")),),
     "engine core": (
         Takes(f"{_SCHEDULER}.schedule", ("self",)),
         Takes(f"{_SCHEDULER}.add_request", ("self", "request")),

@@ -389,6 +389,7 @@ def _install(vllm_config: Any) -> None:
     install_admission()
     install_endpoints(has_page(vllm_config))
     if vllm_config.additional_config[KEY].get("elastic"):
+        check_contract("elastic front end")
         from eos_vllm.serving.streamed_budget import install_streamed_budget
 
         install_streamed_budget()

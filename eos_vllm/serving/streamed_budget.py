@@ -1,4 +1,4 @@
-"""The budget that ``--eos-elastic`` chose, in streamed answers: in the chunk that holds their usage.
+"""The budget that ``--eos-elastic`` chose, in streamed chats: in the chunk that holds their usage.
 
 vLLM's full answers say what an engine hands back about a request (``kv_transfer_params``); chunks of a stream do not. A
 client that asks for usage (``stream_options: {"include_usage": true}``) finds the same field there.
@@ -12,7 +12,6 @@ from contextlib import aclosing
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
 from eos_vllm.core.budget import REQUEST_FIELD
 
@@ -32,12 +31,7 @@ def install_streamed_budget() -> None:
     if getattr(OpenAIServingChat, "eos_tells_budgets", False):
         return
     OpenAIServingChat.eos_tells_budgets = True  # type: ignore[attr-defined]
-    _wrap(OpenAIServingChat, "chat_completion_stream_generator")
-    _wrap(OpenAIServingCompletion, "completion_stream_generator")
-
-
-def _wrap(owner: type, name: str) -> None:
-    stream = getattr(owner, name)
+    stream = OpenAIServingChat.chat_completion_stream_generator
     signature = inspect.signature(stream)
 
     @functools.wraps(stream)
@@ -47,19 +41,18 @@ def _wrap(owner: type, name: str) -> None:
         bound.arguments[RESULTS] = read_budget(bound.arguments[RESULTS], chosen)
         return tell_budget(stream(*bound.args, **bound.kwargs), chosen)
 
-    setattr(owner, name, telling)
+    OpenAIServingChat.chat_completion_stream_generator = telling  # type: ignore[method-assign]
 
 
 async def read_budget(results: AsyncIterator[Any], chosen: dict[str, Any]) -> AsyncIterator[Any]:
     """Passes results on, and notes in ``chosen`` the first budget that one of them names.
 
     Args:
-        results: request outputs, or pairs of a prompt's number and its output.
+        results: request outputs.
         chosen: filled with ``eos_retain``.
     """
     async for result in results:
-        output = result[1] if isinstance(result, tuple) else result
-        told = output.kv_transfer_params
+        told = result.kv_transfer_params
         if told and REQUEST_FIELD in told:
             chosen.setdefault(REQUEST_FIELD, told[REQUEST_FIELD])
         yield result

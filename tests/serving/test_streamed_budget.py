@@ -42,11 +42,10 @@ def result(told: dict[str, Any] | None) -> Any:
 
 def test_the_chunk_with_usage_tells() -> None:
     chunks = [sent(TEXT), sent(USAGE), END]
-    for results in ([result(None), result({"eos_retain": 96, "other": 1})], [(0, result({"eos_retain": 96}))]):
-        text, usage, end = asyncio.run(collected(results, chunks))
-        assert (text, end) == (chunks[0], chunks[2])
-        assert json.loads(usage.removeprefix("data: ")) == {**USAGE, "kv_transfer_params": {"eos_retain": 96}}
-        assert usage.endswith("\n\n")
+    text, usage, end = asyncio.run(collected([result(None), result({"eos_retain": 96, "other": 1})], chunks))
+    assert (text, end) == (chunks[0], chunks[2])
+    assert json.loads(usage.removeprefix("data: ")) == {**USAGE, "kv_transfer_params": {"eos_retain": 96}}
+    assert usage.endswith("\n\n")
 
 
 def test_others_are_passed_on_as_they_are() -> None:
@@ -56,8 +55,8 @@ def test_others_are_passed_on_as_they_are() -> None:
     assert asyncio.run(collected([result({"eos_retain": 96})], [sent(TEXT), END])) == [sent(TEXT), END]
 
 
-def test_of_several_prompts_the_first_is_told() -> None:
-    results = [(1, result({"eos_retain": 96})), (0, result({"eos_retain": 64}))]
+def test_of_several_answers_the_first_is_told() -> None:
+    results = [result({"eos_retain": 96}), result({"eos_retain": 64})]
     (usage,) = asyncio.run(collected(results, [sent(USAGE)]))
     assert json.loads(usage.removeprefix("data: "))["kv_transfer_params"] == {"eos_retain": 96}
 
