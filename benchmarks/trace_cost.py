@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from eos_vllm.models.geometry import geometry
 from eos_vllm.models.tiny import PRESETS
 from loadtests.origin import origin
 
@@ -50,13 +51,15 @@ def in_rounds(model: Path, rounds: int, seconds: float) -> dict[str, Any]:
     """Seconds of each round by case, wall and CPU; seconds to read the traces of a round."""
     from vllm import LLM
 
-    profile = common.scaled_profile(model)
+    profile, shape = common.scaled_profile(model), geometry(model)
+    per_token = shape.kv_bytes_per_token(4) * shape.num_decoder_layers
     settings: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 2048,
         "max_num_seqs": REQUESTS,
-        "kv_cache_memory_bytes": 1 << 30,
+        # Room for all of them at once, unreduced.
+        "kv_cache_memory_bytes": max(256 << 20, REQUESTS * 736 * per_token),
         "limit_mm_per_prompt": {"image": 1},
     }
     engines = {
