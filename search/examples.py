@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 
 from eos_search.reference import embed_inputs
+from eos_search.tower import tower_output
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.layout import Entry, build_layout
 from eos_vllm.core.plan import ImageSpan, RequestPlan
 from eos_vllm.core.profile import QueryRule
 from eos_vllm.core.reduction import image_query_weights
+from eos_vllm.core.selectors import Selector, TowerOutput
 
 IMAGE = "<image>"
 
@@ -79,6 +81,7 @@ class Prepared:
         targets: token ids that the last ``len(targets)`` positions are to predict.
         weights: query weights of each image ``[images, T]``.
         is_text: which tokens are text ``[tokens]`` bool.
+        towers: what the vision tower gave of each image, where a selector before the decoder reads it.
     """
 
     id: str
@@ -88,6 +91,7 @@ class Prepared:
     targets: torch.Tensor
     weights: torch.Tensor
     is_text: torch.Tensor
+    towers: tuple[TowerOutput, ...] = ()
 
 
 class Encoder:
@@ -158,8 +162,17 @@ class Encoder:
 
 
 @torch.no_grad()
-def prepare(model: Any, encoded: Encoded, rule: QueryRule, visual_tokens: int) -> Prepared:
+def prepare(
+    model: Any, encoded: Encoded, rule: QueryRule, visual_tokens: int, selector: Selector | None = None
+) -> Prepared:
     """Embeds an encoded row with the model's own vision tower and embeddings, on the model's device.
+
+    Args:
+        model: a Hugging Face LLaVA.
+        encoded: the row.
+        rule: query rule.
+        visual_tokens: of an image.
+        selector: what is to choose before the decoder.
 
     Raises:
         SettingError: the prompt has no image tokens, or not ``visual_tokens`` for each image.
@@ -171,15 +184,22 @@ def prepare(model: Any, encoded: Encoded, rule: QueryRule, visual_tokens: int) -
         problem = f"{images} image(s) became {found} image tokens, not {visual_tokens} each"
         raise SettingError("model", encoded.id, problem, "use the processor that belongs to the model")
     embeddings, spans = embed_inputs(model, ids, encoded.pixel_values)
-    weights = _query_weights(rule, embeddings, encoded.prompt_length, spans)
+    weights = query_weights(rule, embeddings, encoded.prompt_length, spans)
     is_text = ids != model.config.image_token_id
     targets = encoded.targets.to(model.device)
-    return Prepared(encoded.id, embeddings, tuple(spans), encoded.prompt_length, targets, weights, is_text)
+    pixels = encoded.pixel_values.to(model.device, model.dtype)
+    towers = () if selector is None else tuple(tower_output(model, image[None], selector) for image in pixels)
+    return Prepared(encoded.id, embeddings, tuple(spans), encoded.prompt_length, targets, weights, is_text, towers)
 
 
-def _query_weights(
+def query_weights(
     rule: QueryRule, embeddings: torch.Tensor, prompt_length: int, spans: Sequence[ImageSpan]
 ) -> torch.Tensor:
+    """Query weights of each image ``[images, T]`` in a prompt with its answer ``[tokens, d]``.
+
+    Raises:
+        SettingError: a rule by which no text asks.
+    """
     whole = RequestPlan(prompt_length, tuple(spans), tuple((span.length,) for span in spans))
     layout = build_layout([Entry(len(embeddings), whole)], 1, rule, embeddings.device)
     weights = image_query_weights(rule, embeddings, layout)

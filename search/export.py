@@ -15,7 +15,7 @@ from eos_search.settings import NOT_RESULT, SearchSettings
 from eos_search.structure import Rules, read_structure
 from eos_search.theta import Theta
 from eos_vllm.core.errors import SettingError
-from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.core.profile import Profile, Withdrawal, parse_profile
 from eos_vllm.provenance import provenance
 
 # Single batches are noisy; the final terms are means over so many last steps.
@@ -33,7 +33,7 @@ def searched_profile(theta: Theta, rules: Rules, name: str, provenance: dict[str
     values = theta()
     profile = read_structure(values, rules).profile
     if profile is None:
-        highest = max(values.gate.tolist()[:-1])
+        highest = max(values.gate.tolist()[: values.depth - 1])
         problem = f"the highest gate is {highest:.3f}: no layer reduces, and there is nothing to serve"
         remedy = "raise lambda_budget, lower lambda_align, or lower the threshold"
         raise SettingError("gate_threshold", rules.gate_threshold, problem, remedy)
@@ -43,12 +43,18 @@ def searched_profile(theta: Theta, rules: Rules, name: str, provenance: dict[str
 def reducer_lines(profile: Profile) -> list[str]:
     """What a searched profile does, a line per reducer, with the counts of its own budget."""
     counts = profile.schedules[str(profile.budget.tokens)]
-    return [
-        f"layer {reducer.layer:<3} keeps {count:<4} gate {reducer.gate:.3f}  discard {reducer.discard:.3f}  "
-        f"gamma {reducer.gamma:.3f}  tau {reducer.tau:.3f}  theta {reducer.theta:+.3f}  rho {reducer.rho:.3f}  "
-        f"nu {reducer.nu:.3f}"
-        for reducer, count in zip(profile.reducers, counts, strict=True)
-    ]
+    lines = []
+    for reducer, count in zip(profile.reducers, counts, strict=True):
+        if isinstance(reducer, Withdrawal):
+            lines.append(f"layer {reducer.layer:<3} withdraws what is left")
+            continue
+        line = (
+            f"layer {reducer.layer:<3} keeps {count:<4} gate {reducer.gate:.3f}  discard {reducer.discard:.3f}  "
+            f"gamma {reducer.gamma:.3f}  tau {reducer.tau:.3f}  theta {reducer.theta:+.3f}  rho {reducer.rho:.3f}  "
+            f"nu {reducer.nu:.3f}"
+        )
+        lines.append(line if profile.before is not reducer else f"{line}  chosen by {profile.selector.rule}")
+    return lines
 
 
 def search_provenance(settings: SearchSettings, data: Data, records: Sequence[dict[str, Any]]) -> dict[str, Any]:

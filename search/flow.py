@@ -119,7 +119,8 @@ class Cut:
         index: of the layer.
         layer: the model's own.
         entered: what entered it ``[tokens, d]``.
-        rotary: for those tokens.
+        query: the layer's rotated queries of these tokens ``[tokens, H, D]``, which scores are made of.
+        key: its keys ``[tokens, Hk, D]``.
         step: layout of the reducer.
         weights: query weights of each image ``[images, T]``.
     """
@@ -127,7 +128,8 @@ class Cut:
     index: int
     layer: Any
     entered: torch.Tensor
-    rotary: Rotary
+    query: torch.Tensor
+    key: torch.Tensor
     step: ReducerStep
     weights: torch.Tensor
 
@@ -165,7 +167,10 @@ class Run:
         align: layers whose states are wanted.
         soft: the counts as functions of Theta.
         minimum: Kmin.
-        marks: in front of each reducer.
+        total: visual tokens of an image before any reduction.
+        whole: the example before any reduction.
+        row: its number in the data.
+        marks: in front of each reducer inside the decoder.
     """
 
     example: Prepared
@@ -177,20 +182,27 @@ class Run:
     align: Collection[int]
     soft: SoftCounts
     minimum: int
+    total: int
+    whole: Prepared
+    row: int = 0
     marks: list[Mark] = field(default_factory=list)
 
+    @property
+    def first(self) -> int:
+        """Index of the first reducer inside the decoder among those that act: 1 behind one before it."""
+        return int(self.structure.before)
+
     def steps_with(self, place: int, count: int) -> tuple[ReducerStep, ...]:
-        """Layout of each reducer if the one at ``place`` left ``count`` tokens of an image."""
+        """Layout of each reducer if the one at ``place``, inside the decoder, left ``count`` tokens of an image."""
         kept = [list(image) for image in self.plan.kept]
         for image in kept:
-            image[place + 1] = count
+            image[place - self.first + 1] = count
         plan = replace(self.plan, kept=tuple(map(tuple, kept)))
         return plan_steps(self.example, plan, self.rule)
 
     def room(self, place: int, width: float) -> tuple[int, int]:
         """Counts next to that at ``place`` (:func:`eos_search.counts.neighbours`)."""
-        total = max(image[0] for image in self.plan.kept)
-        return neighbours(self.structure.counts, place, total, width, self.minimum)
+        return neighbours(self.structure.counts, place, self.total, width, self.minimum)
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 encoded = encoder.encode(index, row)
                 if isinstance(encoded, Broken):
                     raise EosError("data", row.id, f"it cannot be decoded ({encoded.problem})", "leave out this row")
-                rule = rules.importance.queries
-                return bench.question(row.id, row.category, prepare(frozen.model, encoded, rule, bench.visual_tokens))
+                rule, total = rules.importance.queries, bench.visual_tokens
+                example = prepare(frozen.model, encoded, rule, total, rules.select)
+                return bench.question(row.id, row.category, example)
 
             return make
 

@@ -8,12 +8,13 @@ where gates leave no room (a gate of 0.6 keeps 40 % whatever its discard) can th
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from eos_search.objective import Objective, tokens_left
-from eos_search.structure import Rules, acting_layers
+from eos_search.structure import Rules, acting_of
 from eos_search.theta import DISCARD_LIMIT, KINDS, Theta, ThetaValues
 
 WIDEST = 1.5
@@ -69,9 +70,9 @@ def project(theta: Theta, objective: Objective, rules: Rules, factor: float) -> 
     Returns:
         Whether anything was moved.
     """
-    table = theta().table
-    acting = acting_layers(table[:, _GATE].tolist(), rules)
-    tokens = _tokens(objective, table, acting, 1.0)
+    values = theta()
+    acting = acting_of(values, rules)
+    tokens = _tokens(objective, values, acting, 1.0)
     low, high = objective.budget / factor, objective.budget * factor
     if not acting or low <= tokens <= high:
         return False
@@ -79,19 +80,20 @@ def project(theta: Theta, objective: Objective, rules: Rules, factor: float) -> 
     few, many = -12.0, 12.0  # logarithms of the power; the count falls with it
     for _ in range(80):
         middle = (few + many) / 2
-        if _tokens(objective, table, acting, math.exp(middle)) > target:
+        if _tokens(objective, values, acting, math.exp(middle)) > target:
             few = middle
         else:
             many = middle
     # The end of the last interval that lies within the band.
     power = math.exp(many if tokens > high else few)
-    moved = _powered(table, acting, power)[list(acting), _DISCARD]
+    moved = _powered(values.table, acting, power)[list(acting), _DISCARD]
     theta.raw[list(acting), _DISCARD] = moved.clamp(1e-9, DISCARD_LIMIT).logit() / theta.ranges.discard_scale
     return True
 
 
-def _tokens(objective: Objective, table: torch.Tensor, acting: tuple[int, ...], power: float) -> float:
-    return tokens_left(objective, ThetaValues(_powered(table, acting, power)), acting).item()
+def _tokens(objective: Objective, values: ThetaValues, acting: tuple[int, ...], power: float) -> float:
+    moved = replace(values, table=_powered(values.table, acting, power))
+    return tokens_left(objective, moved, acting).item()
 
 
 def _powered(table: torch.Tensor, acting: tuple[int, ...], power: float) -> torch.Tensor:

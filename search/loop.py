@@ -96,7 +96,7 @@ class Trainer:
         """
         self.temper()
         mapped = self.theta()
-        values = ThetaValues(mapped.table.detach().requires_grad_())
+        values = replace(mapped, table=mapped.table.detach().requires_grad_())
         structure = read_structure(values, self.rules)
         served = [read_structure(values, self.rules, budget) for budget in self.settings.serve_budgets] or [structure]
         # Budgets take turns over the examples of all steps and processes, in the order of the data.

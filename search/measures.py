@@ -13,12 +13,12 @@ SearchMeasure = Literal["final", "layer_average", "kv_bytes", "flops"]
 
 
 def tokens_of(
-    visual_tokens: int, left: torch.Tensor, measure: SearchMeasure, crossover: int | None = None
+    entering: torch.Tensor | float, left: torch.Tensor, measure: SearchMeasure, crossover: int | None = None
 ) -> torch.Tensor:
     """What the search holds against B.
 
     Args:
-        visual_tokens: of an image, N0.
+        entering: visual tokens of an image that layer 0 sees: N0, or what a reducer before the decoder leaves.
         left: what each decoder layer leaves of them ``[L]``.
         measure: ``final``: what the last layer leaves. ``layer_average`` and ``kv_bytes``: the mean over layers of what
             each sees, which is what each caches. ``flops``: so many tokens without reduction cost the same FLOPs.
@@ -27,8 +27,9 @@ def tokens_of(
     if measure == "final":
         return left[-1]
     if measure != "flops":
-        return (visual_tokens + left[:-1].sum()) / len(left)
+        return (entering + left[:-1].sum()) / len(left)
     assert crossover is not None  # settings ask the model for it
-    rows = torch.cat([left.new_full((1,), float(visual_tokens)), left[:-1]]) + TEXT_TOKENS
+    first = torch.as_tensor(entering, dtype=left.dtype, device=left.device)
+    rows = torch.cat([first.reshape(1), left[:-1]]) + TEXT_TOKENS
     mean = (rows * (1 + rows / crossover)).mean()
     return (torch.sqrt(1 + 4 * mean / crossover) - 1) * crossover / 2 - TEXT_TOKENS

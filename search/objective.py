@@ -49,6 +49,7 @@ class Objective:
         budget_gates: which gates count in it.
         crossover: of :func:`eos_search.measures.tokens_of`, where the measure is flops.
         lambda_kl: weight of the divergence from the unreduced model's answers.
+        withdraw: layer behind which no visual token goes on.
     """
 
     budget: int
@@ -64,6 +65,7 @@ class Objective:
     budget_gates: BudgetGates = "acting"
     crossover: int | None = None
     lambda_kl: float = 0.0
+    withdraw: int | None = None
 
     @property
     def aligned(self) -> tuple[int, ...]:
@@ -83,7 +85,10 @@ class TaskTerms:
 
 @dataclass(frozen=True)
 class Penalties:
-    """The two constraints of Eq. 13, weighted; ``tokens`` and ``gates`` are what they hold against B and C."""
+    """The two constraints of Eq. 13, weighted; ``tokens`` and ``gates`` are what they hold against B and C.
+
+    C counts reducers inside the decoder.
+    """
 
     budget: torch.Tensor
     cost: torch.Tensor
@@ -142,7 +147,7 @@ def _deviation(
 def penalties(objective: Objective, values: ThetaValues, acting: Collection[int]) -> Penalties:
     """The one-sided constraints: 0 with gradient 0 inside the feasible region."""
     tokens = tokens_left(objective, values, acting)
-    gates = values.gate.sum()
+    gates = values.gate[: values.depth].sum()
     return Penalties(
         budget=objective.lambda_budget * one_sided(tokens / objective.budget - 1),
         cost=objective.lambda_cost * one_sided(gates - objective.max_reducers),
@@ -157,11 +162,18 @@ def one_sided(excess: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_left(objective: Objective, values: ThetaValues, acting: Collection[int]) -> torch.Tensor:
-    """N_final of Eq. 13, or the mean over layers of the tokens that each sees; unrounded, differentiable."""
+    """N_final of Eq. 13 (of a withdrawal: what it withdraws), or the mean over layers of the tokens that each sees;
+    unrounded, differentiable."""
     gate = values.gate
     if objective.budget_gates == "acting":
         acts = torch.zeros_like(gate, dtype=torch.bool)
         acts[list(acting)] = True
         gate = torch.where(acts, gate, straight(gate))
-    left = objective.visual_tokens * torch.cumprod(1 - gate * values.discard, dim=0)
-    return tokens_of(objective.visual_tokens, left, objective.budget_measure, objective.crossover)
+    share, entering = 1 - gate * values.discard, torch.tensor(float(objective.visual_tokens)).to(gate)
+    if values.before:
+        share, entering = share[:-1], entering * share[-1]
+    left = entering * torch.cumprod(share, dim=0)
+    if objective.withdraw is not None and objective.budget_measure != "final":
+        goes_on = torch.arange(len(left), device=left.device) < objective.withdraw
+        left = torch.where(goes_on, left, 0.0)
+    return tokens_of(entering, left, objective.budget_measure, objective.crossover)

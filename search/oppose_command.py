@@ -9,7 +9,7 @@ from tqdm import tqdm
 from eos_search.opponents.base import METHODS
 from eos_search.opponents.judge import Budget
 from eos_search.opponents.settings import DEFAULT_SELECTORS, QUERIES, OpponentSettings
-from eos_search.opponents.space import SELECTORS
+from eos_search.selectors import NAMED
 from eos_vllm.cluttervqa import VERSIONS
 from eos_vllm.core.budget import parse_tokens
 
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--selectors",
         default=",".join(DEFAULT_SELECTORS),
-        help=f"of random and tpe, before the decoder: of {', '.join(SELECTORS)}, or none (default: %(default)s)",
+        help=f"of random and tpe, before the decoder: of {', '.join(NAMED)}, or none (default: %(default)s)",
     )
     parser.add_argument("--queries", default=",".join(QUERIES), help="query rules (default: %(default)s)")
     parser.add_argument(

@@ -353,9 +353,15 @@ def rotated_queries_and_keys(
     layer: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A Llama layer's own queries ``[tokens, H, D]`` and keys ``[tokens, Hk, D]`` for its input ``[tokens, d]``."""
-    attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
-    query = attention.q_proj(normed).view(1, len(hidden), -1, attention.head_dim).transpose(1, 2)
-    key = attention.k_proj(normed).view(1, len(hidden), -1, attention.head_dim).transpose(1, 2)
+    return rotated(layer, layer.self_attn.q_proj(normed), layer.self_attn.k_proj(normed), rotary)
+
+
+def rotated(
+    layer: Any, query: torch.Tensor, key: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from what the layer's projections gave ``[..., tokens, H D]`` and ``[..., tokens, Hk D]``."""
+    dim = layer.self_attn.head_dim
+    query, key = (x.view(1, x.shape[-2], -1, dim).transpose(1, 2) for x in (query, key))
     query, key = apply_rotary_pos_emb(query, key, *rotary)
     return query[0].transpose(0, 1), key[0].transpose(0, 1)

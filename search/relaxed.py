@@ -19,26 +19,31 @@ parameters. Everything else here adds exact zeros that carry gradients. What the
 
 import functools
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from eos_search.acting import Reducers, operator_params
+from eos_search.before import entering
 from eos_search.counts import soft_counts
 from eos_search.estimators.base import KeepEstimator
+from eos_search.estimators.differences import Differences
 from eos_search.estimators.equation12 import Equation12
 from eos_search.examples import Prepared
-from eos_search.flow import Cut, Flow, Mark, Reduction, Rotary, Run, States, plan_steps, straight
-from eos_search.reference import rotated_queries_and_keys
+from eos_search.flow import Cut, Flow, Mark, Rotary, Run, States, plan_steps
+from eos_search.reference import rotated, rotated_queries_and_keys
 from eos_search.structure import Rules, Structure
-from eos_search.theta import KINDS, ThetaValues
+from eos_search.theta import ThetaValues
 from eos_vllm.core.importance import ScoreOptions
 from eos_vllm.core.layout import Entry, ReducerStep, build_layout
-from eos_vllm.core.operator import OperatorParams
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
-from eos_vllm.core.reduction import reduce_tokens
+from eos_vllm.core.profile import BEFORE
+
+# What a layer's projections gave, by name.
+_Seen = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Relaxation:
         checkpointing: compute decoder layers again in the backward pass instead of keeping what they made.
         flash_reference: run the unreduced pass, which needs no mask, with flash-attn.
         keep: how the loss learns what counts do to it; Eq. 12 where left out.
+        before: the same for the count of a reducer before the decoder, where ``keep`` says nothing of it.
+        tries: layers that don't act and are tried for gradients in each example, in turn, each standing for those that
+            are not; 0: all.
     """
 
     boundary_sharpness: float = 10.0
@@ -75,6 +83,8 @@ class Relaxation:
     checkpointing: bool = False
     flash_reference: bool = False
     keep: KeepEstimator | None = None
+    before: Differences | None = None
+    tries: int = 0
 
 
 class RelaxedModel:
@@ -87,11 +97,13 @@ class RelaxedModel:
         self.rules = rules
         self.relaxation = relaxation or Relaxation()
         self.keep = self.relaxation.keep or Equation12(self.relaxation.boundary_sharpness)
+        self.before = self.relaxation.before or Differences()
         device = self.decoder.norm.weight.device
-        self.options = ScoreOptions.of(rules.importance, model.config.text_config.num_attention_heads, device)
+        options = ScoreOptions.of(rules.importance, model.config.text_config.num_attention_heads, device)
+        self.reducers = Reducers(rules, options, self.keep, self.decoder.rotary_emb)
 
     def forward(
-        self, example: Prepared, values: ThetaValues, structure: Structure, align: Collection[int] = ()
+        self, example: Prepared, values: ThetaValues, structure: Structure, align: Collection[int] = (), row: int = 0
     ) -> RelaxedOutput:
         """The reduced pass over prompt and answer.
 
@@ -100,12 +112,15 @@ class RelaxedModel:
             values: Theta.
             structure: :func:`eos_search.structure.read_structure` of the same values.
             align: layers whose states are wanted.
+            row: the example's number in the data, by which gates that don't act take turns.
         """
+        total = max(span.length for span in example.spans)
+        whole, example = example, self._enter(example, values, structure.counts) if structure.before else example
         plan = self._plan(example, structure)
         rule = self.rules.importance.queries
         steps = plan_steps(example, plan, rule) if structure.profile is not None else ()
         soft = soft_counts(values, structure, self.rules)
-        run = Run(example, values, structure, plan, steps, rule, align, soft, self.rules.minimum)
+        run = Run(example, values, structure, plan, steps, rule, align, soft, self.rules.minimum, total, whole, row)
         output = RelaxedOutput(torch.empty(0), {}, [], run)
         return self._go_on(run, Flow.start(example.embeddings), output, 0)
 
@@ -120,40 +135,74 @@ class RelaxedModel:
         """
         run = output.run
         assert run is not None
-        mark = run.marks[place]
-        other = replace(run, steps=run.steps_with(place, count), marks=run.marks[:place])
+        if place < run.first:
+            counts = (count, *run.structure.counts[1:])
+            return self.forward(run.whole, run.values, replace(run.structure, counts=counts), run.align)
+        inside = place - run.first
+        mark = run.marks[inside]
+        other = replace(run, steps=run.steps_with(place, count), marks=run.marks[:inside])
         states = {layer: state for layer, state in output.states.items() if layer < mark.index}
         flow = Flow(mark.hidden, mark.positions, torch.zeros_like(mark.positions, dtype=torch.float32), mark.segment)
         return self._go_on(
-            other, flow, RelaxedOutput(output.logits, states, output.kept[:place], other), mark.index, mark
+            other, flow, RelaxedOutput(output.logits, states, output.kept[:inside], other), mark.index, mark
         )
+
+    def _enter(self, example: Prepared, values: ThetaValues, counts: tuple[int, ...]) -> Prepared:
+        """What a reducer before the decoder leaves of an example."""
+        select = self.rules.select
+        assert select is not None
+        params = operator_params(values, self.rules, BEFORE)
+        return entering(example, select, params, counts[0], self.rules.importance.queries)
 
     def _go_on(
         self, run: Run, flow: Flow, output: RelaxedOutput, first: int, mark: Mark | None = None
     ) -> RelaxedOutput:
         """All layers from ``first``, of which that of ``mark`` has run."""
-        values, structure = run.values, run.structure
-        explores = self.relaxation.explore and torch.is_grad_enabled() and values.table.requires_grad
+        tried, weight = self._tried(run)
         for index, layer in list(enumerate(self.decoder.layers))[first:]:
             at_mark = mark is not None and index == first
             entered = mark.entered if mark is not None and at_mark else flow.hidden
             rotary = self.decoder.rotary_emb(entered[None], flow.positions[None])
+            acts = index in run.structure.acting and bool(run.steps)
+            withdraws = index == self.rules.withdraw and bool(run.steps)
+            seen: _Seen | None = None
             if not at_mark:
-                self._layer(flow, layer, rotary)
-            acts = index in structure.acting and bool(run.steps)
-            if acts or (explores and index in structure.candidates):
-                count = 0 if acts else structure.candidates[index]
-                step = run.steps[flow.segment] if acts else self._candidate_step(run.plan, flow, count)
-                cut = Cut(index, layer, entered, rotary, step, run.example.weights)
+                seen = self._layer(flow, layer, rotary, catch=acts or withdraws or index in tried)
+            if acts or withdraws or index in tried:
+                query, key = self._scored(layer, entered, rotary, seen, gradients=acts)
+                count = run.structure.candidates.get(index, 0)
+                step = self._candidate_step(run.plan, flow, count) if index in tried else run.steps[flow.segment]
+                cut = Cut(index, layer, entered, query, key, step, run.example.weights)
                 if acts:
-                    self._reduce(run, flow, cut)
+                    self.reducers.reduce(run, flow, cut)
                     output.kept.append(flow.positions)
+                elif withdraws:
+                    self.reducers.withdraw(run, flow, cut)
                 else:
-                    self._try(flow, cut, values)
+                    self.reducers.attempt(flow, cut, run.values, weight)
             if index in run.align:
                 output.states[index] = States(flow.hidden, flow.positions)
         answer = self.decoder.norm(flow.hidden[-len(run.example.targets) :])
         return replace(output, logits=self.model.lm_head(answer).float())
+
+    def _tried(self, run: Run) -> tuple[Collection[int], float]:
+        """Layers that don't act and whose reducers are tried for gradients, and for how many each of them stands."""
+        explores = self.relaxation.explore and torch.is_grad_enabled() and run.values.table.requires_grad
+        closed = sorted(run.structure.candidates) if explores else []
+        few = self.relaxation.tries
+        if not few or few >= len(closed):
+            return closed, 1.0
+        return {closed[(run.row * few + turn) % len(closed)] for turn in range(few)}, len(closed) / few
+
+    def _scored(
+        self, layer: Any, entered: torch.Tensor, rotary: Rotary, seen: _Seen | None, gradients: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated queries and keys that a layer's reducer scores with: the layer's own where they were caught."""
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+            if seen is None or "key" not in seen:
+                return rotated_queries_and_keys(layer, entered, rotary)
+            query, key = (seen[name] if gradients else seen[name].detach() for name in ("query", "key"))
+            return rotated(layer, query, key, rotary)
 
     @torch.no_grad()
     def reference(self, example: Prepared, align: Collection[int]) -> dict[int, torch.Tensor]:
@@ -202,84 +251,36 @@ class RelaxedModel:
         row = Entry(len(flow.hidden), would)
         return build_layout([row], 2, self.rules.importance.queries, flow.hidden.device).steps[0]
 
-    def _layer(self, flow: Flow, layer: Any, rotary: Rotary) -> None:
+    def _layer(self, flow: Flow, layer: Any, rotary: Rotary, catch: bool) -> _Seen:
+        """Runs a layer; gives what its projections made of the rows, where that is to be caught and can be."""
         if flow.neighbours:
             rotary = self.decoder.rotary_emb(flow.hidden[None], flow.row_positions[None])
         run = functools.partial(layer, position_embeddings=rotary, attention_mask=flow.mask())
         if self.relaxation.checkpointing and torch.is_grad_enabled():
+            # What is computed a second time for the gradients is none of what would be caught here.
             flow.take(checkpoint(run, flow.rows[None], use_reentrant=False)[0])
-        else:
+            return {}
+        seen: _Seen = {}
+        # With ghosts among the rows the projections' last bits need not be those of the pass alone.
+        with caught(layer, seen) if catch and not flow.neighbours else nullcontext():
             flow.take(run(flow.rows[None])[0])
+        return seen
 
-    def _params(self, values: ThetaValues, index: int) -> OperatorParams:
-        row = dict(zip(KINDS, values.table[index].unbind(), strict=True))
-        operator = self.rules.operator
-        return OperatorParams(
-            row["gamma"],
-            row["tau"],
-            row["theta"],
-            row["rho"],
-            row["nu"],
-            operator.gate_sharpness,
-            operator.norm,
-            operator.aggregate,
-        )
 
-    def _reduce(self, run: Run, flow: Flow, cut: Cut) -> None:
-        """A reducer that acts: the server's step, then zeros with gradients of its counts and of the anchors' line."""
-        query, key = rotated_queries_and_keys(cut.layer, cut.entered, cut.rotary)
-        scores: list[torch.Tensor] = []
+@contextmanager
+def caught(layer: Any, seen: _Seen) -> Iterator[None]:
+    """Catches what a layer's projections give: ``query`` ``[1, tokens, H D]`` and ``key`` ``[1, tokens, Hk D]``."""
 
-        def remember(group_scores: torch.Tensor) -> torch.Tensor:
-            scores.append(group_scores)
-            return group_scores
+    def catch(name: str) -> Any:
+        return lambda _module, _inputs, out: seen.__setitem__(name, out)
 
-        values, scale = run.values, cut.layer.self_attn.scaling
-        params, weights = self._params(values, cut.index), cut.weights
-        reduced, source = reduce_tokens(
-            flow.hidden, query, key, cut.step, weights, params, scale, self.options, flow.positions, remember
-        )
-        mark = Mark(cut.index, cut.entered.detach(), flow.hidden.detach(), flow.positions, flow.segment)
-        run.marks.append(mark)
-        moved = (reduced - flow.hidden.index_select(0, source)).detach()
-        flow.hidden = reduced + (straight(values.gate[cut.index]) * moved).to(reduced.dtype)
-        flow.presence = flow.presence.index_select(0, source)
-        flow.positions = flow.positions.index_select(0, source)
-        if torch.is_grad_enabled() and values.table.requires_grad:
-            again = functools.partial(self._again, run, cut)
-            place = len(run.marks) - 1
-            self.keep.at_reducer(flow, Reduction(run, place, mark, cut.step, source, scores, again))
-        flow.segment += 1
-
-    @torch.no_grad()
-    def _again(
-        self,
-        run: Run,
-        cut: Cut,
-        step: ReducerStep,
-        entered: torch.Tensor,
-        hidden: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reducer of ``cut`` on other rows; see :attr:`eos_search.flow.Reduction.again`."""
-        rotary = self.decoder.rotary_emb(entered[None], positions[None])
-        query, key = rotated_queries_and_keys(cut.layer, entered, rotary)
-        params, scale = self._params(run.values, cut.index), cut.layer.self_attn.scaling
-        return reduce_tokens(hidden, query, key, step, cut.weights, params, scale, self.options, positions)
-
-    def _try(self, flow: Flow, cut: Cut, values: ThetaValues) -> None:
-        """A reducer that doesn't act: zeros with the gradients of what it would do."""
-        if not cut.step.groups:
-            return
-        here = flow.hidden.detach()
-        with torch.no_grad():
-            query, key = rotated_queries_and_keys(cut.layer, cut.entered, cut.rotary)
-        params, scale = self._params(values, cut.index), cut.layer.self_attn.scaling
-        reduced, source = reduce_tokens(
-            here, query, key, cut.step, cut.weights, params, scale, self.options, flow.positions
-        )
-        gate = values.gate[cut.index]
-        would_move = gate * (reduced - here.index_select(0, source))
-        flow.hidden = flow.hidden.index_add(0, source, straight(would_move).to(here.dtype))
-        discarded = torch.ones_like(flow.presence).index_fill_(0, source, 0.0)
-        flow.presence = flow.presence - straight(gate) * discarded
+    attention = layer.self_attn
+    hooks = [
+        attention.q_proj.register_forward_hook(catch("query")),
+        attention.k_proj.register_forward_hook(catch("key")),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,5 +1,10 @@
-"""A search from several placements: the same data and steps from each, and the end with the lowest loss is taken."""
+"""A search from several starts: the same data and steps from each, and the end with the lowest loss is taken.
 
+Starts differ in their placement, in the selector before the decoder, and in the layer that withdraws images: what no
+gradient leads from one to the other.
+"""
+
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +20,8 @@ from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import read_profile
 
 RESTARTS = "restarts.json"
+# Settings that a start changes.
+Start = dict[str, Any]
 _NO_REDUCER = "gate_threshold"
 
 
@@ -33,21 +40,46 @@ def parse_placements(text: str) -> list[tuple[int, ...]]:
     return found
 
 
+def starts_of(placements: str | None, selectors: str | None, withdrawals: str | None) -> list[Start]:
+    """All combinations of what is given, each as changed settings.
+
+    Args:
+        placements: see :func:`parse_placements`; None: that of the settings.
+        selectors: comma-separated names, ``none`` among them; None: that of the settings.
+        withdrawals: comma-separated layers, ``none`` among them; None: that of the settings.
+
+    Raises:
+        SettingError: one of them is no list of two or more, each once.
+    """
+    choices: list[list[Start]] = [
+        [{}] if placements is None else [{"placement": placement} for placement in parse_placements(placements)]
+    ]
+    for name, text in (("select", selectors), ("withdraw", withdrawals)):
+        if text is None:
+            continue
+        parts = [part.strip() for part in text.split(",")]
+        if len(parts) < 2 or len(set(parts)) < len(parts):
+            example = "maxmin,none" if name == "select" else "5,6,none"
+            raise SettingError(f"restarts_{name}", text, "these are no choices", f"give two or more, such as {example}")
+        choices.append([{name: part} for part in parts])
+    return [{name: value for start in parts for name, value in start.items()} for parts in itertools.product(*choices)]
+
+
 def run_restarts(
     settings: SearchSettings,
-    placements: Sequence[tuple[int, ...]],
+    starts: Sequence[Start],
     resume: bool = False,
     quiet: bool = False,
     search: Callable[..., SearchResult] = run_search,
 ) -> SearchResult:
-    """Searches from each placement, and writes the best profile to the output folder.
+    """Searches from each start, and writes the best profile to the output folder.
 
     Best is the lowest loss, penalties included, as a mean over the last steps: all searches see the same rows in the
     same order. The profile is that of its own search to the byte; ``restarts.json`` says how all of them ended.
 
     Args:
-        settings: of every search, but for placement and output; each gets a folder in that of these.
-        placements: layers active at the start.
+        settings: of every search, but for what starts change; each gets a folder in that of these.
+        starts: changed settings of each.
         resume: go on with what was stopped; what has ended is not searched again.
         quiet: as :func:`eos_search.run.run_search`.
         search: what runs one.
@@ -58,11 +90,12 @@ def run_restarts(
     RunFolder(settings.output, is_main=True).check_new()
     ends: list[dict[str, Any]] = []
     results: dict[str, SearchResult] = {}
-    for placement in placements:
-        name = "start-" + "-".join(map(str, placement))
-        changes = {"placement": placement, "output": settings.output / name}
-        own = read_settings({**settings.to_dict(), **changes})
-        end: dict[str, Any] = {"placement": list(placement), "folder": name}
+    every = [
+        (name := _folder(start), read_settings({**settings.to_dict(), **start, "output": settings.output / name}))
+        for start in starts
+    ]
+    for start, (name, own) in zip(starts, every, strict=True):
+        end: dict[str, Any] = {field: getattr(own, field) for field in start} | {"folder": name}
         try:
             result = _search(own, resume, quiet, search)
         except EosError as error:
@@ -82,6 +115,14 @@ def run_restarts(
         write_json(settings.output / RESTARTS, {"best": best, "steps_averaged": FINAL_STEPS, "searches": ends})
         write_json(path, json.loads(results[best].path.read_text(encoding="utf-8")))
     return SearchResult(results[best].profile, path, results[best].records)
+
+
+def _folder(start: Start) -> str:
+    """``start-2-3-5-maxmin-withdraw-6`` and the like."""
+    parts = ["-".join(map(str, start["placement"]))] if "placement" in start else []
+    parts += [str(start["select"])] if "select" in start else []
+    parts += [f"withdraw-{start['withdraw']}"] if "withdraw" in start else []
+    return "-".join(["start", *parts])
 
 
 def _search(settings: SearchSettings, resume: bool, quiet: bool, search: Callable[..., SearchResult]) -> SearchResult:

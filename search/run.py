@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from eos_search.data import Data, load_data
 from eos_search.estimators.choice import keep_estimator
+from eos_search.estimators.differences import Differences
 from eos_search.examples import Encoder
 from eos_search.export import search_provenance, searched_profile, write_json
 from eos_search.frozen import Frozen, load_frozen
@@ -117,6 +118,8 @@ def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
         settings.checkpointing,
         ready.frozen.flash_reference,
         keep_estimator(settings.keep_estimator, settings.boundary_sharpness, settings.keep_width, settings.keep_every),
+        Differences(settings.keep_width, settings.keep_every),
+        settings.gate_tries,
     )
     model = RelaxedModel(ready.frozen.model, rules, relaxation)
     task = ModelTask(model, ready.objective, ready.objective.visual_tokens, settings.cache_mib << 20)

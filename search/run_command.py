@@ -22,6 +22,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="A,B;C,D;...",
         help="search from each placement, take the best end",
     )
+    parser.add_argument("--restarts-select", default=None, metavar="A,B", help="the same with each selector")
+    parser.add_argument("--restarts-withdraw", default=None, metavar="I,J", help="the same with each withdrawal")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_flags(parser)
     parser.set_defaults(run=run)
@@ -36,11 +38,12 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from eos_search.export import reducer_lines
-    from eos_search.restarts import parse_placements, run_restarts
+    from eos_search.restarts import run_restarts, starts_of
     from eos_search.run import run_search
 
-    if args.restarts:
-        result = run_restarts(settings, parse_placements(args.restarts), resume=args.resume, quiet=args.quiet)
+    starts = starts_of(args.restarts, args.restarts_select, args.restarts_withdraw)
+    if starts != [{}]:
+        result = run_restarts(settings, starts, resume=args.resume, quiet=args.quiet)
     else:
         result = run_search(settings, resume=args.resume, quiet=args.quiet)
     if not PartialState().is_main_process:

@@ -61,6 +61,8 @@ class SearchSettings(BaseModel):
     constraint: Literal["penalty", "lagrangian"] = Field("penalty", description="Eq. 13's, or one that is met")
     max_reducers: int = Field(3, ge=1, description="C: layers that may reduce")
     minimum: int = Field(1, ge=1, description="Kmin: visual tokens that every reducer leaves")
+    select: str | None = Field(None, description="selector before the decoder: uniform, maxmin, ... (default: none)")
+    withdraw: int | None = Field(None, ge=1, description="layer behind which images cost nothing (default: none)")
     lambda_align: float = Field(0.1, ge=0, description="weight of the alignment")
     lambda_kl: float = Field(0.0, ge=0, description="weight of the divergence from the unreduced model's answers")
     lambda_budget: float = Field(1.0, ge=0, description="weight of the token budget")
@@ -80,6 +82,7 @@ class SearchSettings(BaseModel):
     gate_rate: float = Field(1.0, gt=0, le=1, description="learning rate of gates, as a share of that of the rest")
     discard_scale: float = Field(1.0, gt=0, le=1000, description="Tc of Eq. 10")
     epsilon: float = Field(1e-4, gt=0, le=1, description="least assignment temperature")
+    gate_tries: int = Field(0, ge=0, description="closed gates tried for gradients in a row of the data (default: all)")
     gate_threshold: float = Field(0.5, gt=0, lt=1, description="a gate above it acts")
 
     queries: QueryRule = Field("relevant_text", description="query rule of the importance scores")
@@ -113,10 +116,10 @@ class SearchSettings(BaseModel):
             raise ValueError("a budget is at least 1")
         return value
 
-    @field_validator("placement", "align_layers", mode="before")
+    @field_validator("placement", "align_layers", "select", "withdraw", mode="before")
     @classmethod
     def _none_from_text(cls, value: Any) -> Any:
-        return None if value in ("", "default") else value
+        return None if value in ("", "default", "none") else value
 
     def differences(self, other: Self) -> list[str]:
         """Names of the settings that differ from ``other`` and may change the result."""

@@ -1,6 +1,7 @@
 """From settings and a model to what is searched: objective, rules, and the start of Theta."""
 
 from eos_search.objective import Objective
+from eos_search.selectors import named_selector
 from eos_search.settings import SearchSettings
 from eos_search.structure import Rules
 from eos_search.theta import GATE_OFF, GATE_ON, Ranges, Theta, default_placement, start_values
@@ -21,10 +22,19 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
     if settings.minimum > settings.budget:
         remedy = f"give 1 to {settings.budget}"
         raise SettingError("minimum", settings.minimum, f"the budget of {settings.budget} is less", remedy)
-    if settings.max_reducers > depth - 1:
-        remedy = f"give 1 to {depth - 1}"
-        problem = f"a model of {depth} layers has {depth - 1} places for reducers"
-        raise SettingError("max_reducers", settings.max_reducers, problem, remedy)
+    if settings.withdraw is not None and settings.withdraw > depth - 2:
+        problem = f"of {depth} layers, {depth - 2} is the last with any behind it to save"
+        raise SettingError("withdraw", settings.withdraw, problem, f"give 1 to {depth - 2}")
+    places = depth - 1 if settings.withdraw is None else settings.withdraw
+    if settings.max_reducers > places:
+        problem = f"there are {places} places for reducers in {depth} layers"
+        if settings.withdraw is not None:
+            problem += f", {settings.withdraw} of which withdraws"
+        raise SettingError("max_reducers", settings.max_reducers, problem, f"give 1 to {places}")
+    if settings.select is not None and settings.align_on == "visual":
+        problem = "visual states behind a selection have no counterpart in the unreduced model"
+        raise SettingError("align_on", settings.align_on, problem, "align text, or select nothing")
+    selector = named_selector(settings.select)
     layers = settings.align_layers
     if layers is None:
         layers = tuple(range(4, depth, 4)) or (depth - 1,)
@@ -53,10 +63,11 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
         settings.gate_on,
         settings.gate_off,
         spec.flops_crossover,
+        before=selector is not None,
+        withdraw=settings.withdraw,
     )
-    theta = Theta.from_values(
-        start, Ranges(settings.gate_scale, settings.discard_scale, settings.epsilon), settings.gate_scale_start
-    )
+    ranges = Ranges(settings.gate_scale, settings.discard_scale, settings.epsilon)
+    theta = Theta.from_values(start, ranges, settings.gate_scale_start, before=selector is not None)
     objective = Objective(
         budget=settings.budget,
         max_reducers=settings.max_reducers,
@@ -71,6 +82,7 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
         budget_gates=settings.budget_gates,
         crossover=spec.flops_crossover,
         lambda_kl=settings.lambda_kl,
+        withdraw=settings.withdraw,
     )
     rules = Rules(
         model=spec,
@@ -79,5 +91,7 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
         max_reducers=settings.max_reducers,
         gate_threshold=settings.gate_threshold,
         minimum=settings.minimum,
+        select=selector,
+        withdraw=settings.withdraw,
     )
     return objective, rules, theta

@@ -5,9 +5,12 @@ The search asks here before every forward pass, and the export asks here in the 
 
 from dataclasses import dataclass, field
 
+import torch
+
 from eos_search.theta import KINDS, ThetaValues
 from eos_vllm.core.budget import eq11_counts, kept_counts
 from eos_vllm.core.profile import (
+    BEFORE,
     SCHEMA,
     Budget,
     ImportanceSpec,
@@ -17,6 +20,7 @@ from eos_vllm.core.profile import (
     Reducer,
     parse_profile,
 )
+from eos_vllm.core.selectors import Selector
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Rules:
         max_reducers: C, the most reducers that act.
         gate_threshold: a gate above it acts.
         minimum: Kmin of Eq. 11.
+        select: what chooses the anchors of a reducer before the decoder; None: there is none.
+        withdraw: layer behind which no visual token goes on; None: all that are left go on.
     """
 
     model: ModelSpec
@@ -38,6 +44,12 @@ class Rules:
     max_reducers: int = 3
     gate_threshold: float = 0.5
     minimum: int = 1
+    select: Selector | None = None
+    withdraw: int | None = None
+
+    def values(self, table: torch.Tensor) -> ThetaValues:
+        """Values ``[L, 7]`` with these rules; one row more where something is selected before the decoder."""
+        return ThetaValues(table, self.select is not None)
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,10 @@ class Structure:
     """The hard reading of one point Theta.
 
     Attributes:
-        acting: layers whose gate acts, ascending.
+        acting: layers whose gate acts, ascending, -1 first where a reducer stands before the decoder; a withdrawal is
+            none of them.
         counts: visual tokens of an image left after each of them.
-        profile: the profile that says the same; None where no gate acts.
+        profile: the profile that says the same; None where nothing is reduced.
         candidates: for each other place, the count that it would leave behind if its gate acted.
         budget: the retain budget that the counts are scaled to; None: they are those of Eq. 11.
     """
@@ -58,11 +71,30 @@ class Structure:
     candidates: dict[int, int]
     budget: int | None = None
 
+    @property
+    def before(self) -> bool:
+        """Whether a reducer stands before the decoder."""
+        return self.acting[:1] == (BEFORE,)
+
 
 def acting_layers(gates: list[float], rules: Rules) -> tuple[int, ...]:
-    """The at most C layers whose gates are above the threshold; the highest gates win, equal ones by lower layer."""
-    above = [layer for layer, gate in enumerate(gates[:-1]) if gate > rules.gate_threshold]
+    """The at most C layers whose gates are above the threshold; the highest gates win, equal ones by lower layer.
+
+    ``gates`` are those of the decoder's layers; the last one, and those behind a withdrawal, are no places.
+    """
+    above = [layer for layer in places(len(gates), rules) if gates[layer] > rules.gate_threshold]
     return tuple(sorted(sorted(above, key=lambda layer: -gates[layer])[: rules.max_reducers]))
+
+
+def places(depth: int, rules: Rules) -> range:
+    """Decoder layers behind which a reducer may stand."""
+    return range(depth - 1 if rules.withdraw is None else rules.withdraw)
+
+
+def acting_of(values: ThetaValues, rules: Rules) -> tuple[int, ...]:
+    """:attr:`Structure.acting` of a point."""
+    inside = acting_layers(values.gate[: values.depth].tolist(), rules)
+    return (BEFORE, *inside) if values.before else inside
 
 
 def read_structure(values: ThetaValues, rules: Rules, budget: int | None = None) -> Structure:
@@ -75,24 +107,26 @@ def read_structure(values: ThetaValues, rules: Rules, budget: int | None = None)
             (paper 2.6). None: the counts of Eq. 11.
     """
     rows = values.table.detach().tolist()
-    acting = acting_layers([row[0] for row in rows], rules)
-    profile = _profile(rows, acting, rules) if acting else None
+    inside = acting_layers([row[0] for row in rows[: values.depth]], rules)
+    acting = (BEFORE, *inside) if values.before else inside
+    profile = _profile(rows, acting, rules) if acting or rules.withdraw is not None else None
     if profile is not None and budget is not None:
         profile = profile.model_copy(update={"budget": profile.budget.model_copy(update={"tokens": budget})})
-    counts = () if profile is None else kept_counts(profile)
+    counts = () if profile is None else kept_counts(profile)[: len(acting)]
     candidates: dict[int, int] = {}
-    tokens = rules.model.visual_tokens
+    tokens = counts[0] if values.before else rules.model.visual_tokens
     assert tokens is not None  # the search is for a fixed number
-    for layer, row in enumerate(rows[:-1]):
+    for layer in places(values.depth, rules):
         if layer in acting:
             tokens = counts[acting.index(layer)]
         else:
-            candidates[layer] = _count_if_acting(layer, row, tokens, rules)
+            candidates[layer] = _count_if_acting(layer, rows[layer], tokens, rules)
     return Structure(acting, counts, profile, candidates, budget)
 
 
-def _reducer(layer: int, row: list[float]) -> Reducer:
-    return Reducer.model_validate({"layer": layer, **dict(zip(KINDS, row, strict=True))})
+def _reducer(layer: int, row: list[float], rules: Rules) -> Reducer:
+    select = {"select": rules.select} if layer == BEFORE else {}
+    return Reducer.model_validate({"layer": layer, **select, **dict(zip(KINDS, row, strict=True))})
 
 
 def _profile(rows: list[list[float]], acting: tuple[int, ...], rules: Rules) -> Profile:
@@ -103,12 +137,15 @@ def _profile(rows: list[list[float]], acting: tuple[int, ...], rules: Rules) -> 
         "model": rules.model.model_dump(),
         "importance": rules.importance.model_dump(),
         "operator": rules.operator.model_dump(),
-        "reducers": [_reducer(layer, rows[layer]).model_dump() for layer in acting],
+        "reducers": [_reducer(layer, rows[layer], rules).model_dump() for layer in acting],
         "budget": {"measure": "final", "tokens": rules.model.visual_tokens, "minimum": rules.minimum},
     }
+    if rules.withdraw is not None:
+        data["reducers"].append({"layer": rules.withdraw, "withdraw": True})
     counts = eq11_counts(parse_profile(data))
-    data["budget"] = {"measure": "final", "tokens": counts[-1], "minimum": rules.minimum}
-    return parse_profile({**data, "schedules": {str(counts[-1]): list(counts)}})
+    left = counts[len(acting) - 1] if acting else rules.model.visual_tokens
+    data["budget"] = {"measure": "final", "tokens": left, "minimum": rules.minimum}
+    return parse_profile({**data, "schedules": {str(left): list(counts)}})
 
 
 def _count_if_acting(layer: int, row: list[float], tokens: int, rules: Rules) -> int:
@@ -116,7 +153,7 @@ def _count_if_acting(layer: int, row: list[float], tokens: int, rules: Rules) ->
     gate = max(row[0], rules.gate_threshold)
     alone = Profile.model_construct(
         model=ModelSpec.model_construct(visual_tokens=tokens),
-        reducers=(_reducer(layer, [gate, *row[1:]]),),
+        reducers=(_reducer(layer, [gate, *row[1:]], rules),),
         budget=Budget(tokens=1, minimum=rules.minimum),
     )
     return eq11_counts(alone)[0]

@@ -52,18 +52,23 @@ def example_terms(
         row: number of the example in the data.
         answers: logits of the unreduced pass at the answer, where the objective asks for them.
     """
-    output = model.forward(example, values, structure, objective.aligned)
-    terms = task_terms(objective, example, output, reference, answers)
+    output = model.forward(example, values, structure, objective.aligned, row)
     run = output.run
-    if run is None or not run.marks or not (torch.is_grad_enabled() and values.table.requires_grad):
+    assert run is not None
+    terms = task_terms(objective, run.example, output, reference, answers)
+    if not run.structure.counts or not (torch.is_grad_enabled() and values.table.requires_grad):
         return terms
 
     def loss(place: int, count: int) -> float:
         with torch.no_grad():
             other = model.recount(output, place, count)
-            return task_terms(objective, example, other, reference, answers).total.item()
+            assert other.run is not None
+            return task_terms(objective, other.run.example, other, reference, answers).total.item()
 
     slopes = model.keep.slopes(run, row, loss)
+    if slopes is None and structure.before:
+        # Positions follow the count there, so that no token comes or goes alone: differences are the only estimator.
+        slopes = model.before.slopes(run, row, loss, places=(0,))
     if slopes is None:
         return terms
     return replace(terms, total=terms.total + (straight(run.soft.logs) * slopes).sum().to(terms.total.dtype))
@@ -85,12 +90,14 @@ class ModelTask:
 
     def _prepare(self, encoded: Encoded) -> _Known:
         rule = self.model.rules.importance.queries
-        example = prepare(self.model.model, encoded, rule, self.visual_tokens)
+        select = self.model.rules.select
+        example = prepare(self.model.model, encoded, rule, self.visual_tokens, select)
         last = len(self.model.decoder.layers) - 1 if self.objective.lambda_kl else None
         states = self.model.reference(example, {*self.objective.aligned, *([] if last is None else [last])})
         answers = None if last is None else self.model.answers(example, states[last])
         reference = reference_rows(self.objective, example, states)
         held = [example.embeddings, *reference.values(), *([] if answers is None else [answers])]
+        held += [tensor for tower in example.towers for tensor in tower.tensors()]
         size = sum(tensor.nbytes for tensor in held)
         if size <= self.cache_bytes:
             self.cache_bytes -= size

@@ -45,9 +45,15 @@ class Ranges:
 
 @dataclass(frozen=True)
 class ThetaValues:
-    """Theta mapped to its ranges: ``table`` ``[L, 7]`` float64, a row per layer, columns as in :data:`KINDS`."""
+    """Theta mapped to its ranges.
+
+    Attributes:
+        table: ``[L, 7]`` float64, a row per decoder layer, columns as in :data:`KINDS`.
+        before: whether one more row, the last and so that of index -1, is of a reducer before the decoder.
+    """
 
     table: torch.Tensor
+    before: bool = False
 
     def column(self, kind: Kind) -> torch.Tensor:
         """One kind of parameter for all layers ``[L]``."""
@@ -64,32 +70,37 @@ class ThetaValues:
     @property
     def depth(self) -> int:
         """Decoder layers of the model, L."""
-        return self.table.shape[0]
+        return self.table.shape[0] - self.before
 
 
 class Theta(nn.Module):
     """The search variables: ``raw`` ``[L, 7]``; called, they are mapped to their ranges.
 
     The last decoder layer has parameters but is no place for a reducer, which would change nothing there: its gate is
-    fixed at 0, so that none of its parameters gets a gradient.
+    fixed at 0, so that none of its parameters gets a gradient. That of a reducer before the decoder, if there is a row
+    for one, is fixed at 1: how much it keeps is for its discard to say.
     """
 
-    def __init__(self, raw: torch.Tensor, ranges: Ranges | None = None) -> None:
-        """``raw`` ``[L, 7]`` are the unconstrained numbers, taken as float64."""
+    def __init__(self, raw: torch.Tensor, ranges: Ranges | None = None, before: bool = False) -> None:
+        """``raw`` are the unconstrained numbers, taken as float64; rows as in :class:`ThetaValues`."""
         super().__init__()
+        self.before = before
         self.raw = nn.Parameter(raw.detach().double().clone())
         self.ranges = ranges or Ranges()
         # Tg of the moment; a schedule may lead up to that of the ranges.
         self.gate_scale = self.ranges.gate_scale
 
     @classmethod
-    def from_values(cls, values: torch.Tensor, ranges: Ranges | None = None, gate_scale: float | None = None) -> Self:
+    def from_values(
+        cls, values: torch.Tensor, ranges: Ranges | None = None, gate_scale: float | None = None, before: bool = False
+    ) -> Self:
         """Theta whose mapped values are ``values`` ``[L, 7]``; 0, 1 and the like are moved inside the open ranges.
 
         Args:
             values: what the maps of Eq. 10 are to give.
             ranges: their constants.
             gate_scale: Tg at which the gates have these values; that of ``ranges`` where left out.
+            before: whether the last row is of a reducer before the decoder.
         """
         ranges = ranges or Ranges()
         gate_scale = gate_scale or ranges.gate_scale
@@ -101,17 +112,18 @@ class Theta(nn.Module):
         raw["theta"] = ((columns["theta"] + 1) / 2).clamp(1e-6, 1 - 1e-6).logit()
         positive = (columns["tau"] - ranges.epsilon).clamp(min=1e-6)
         raw["tau"] = positive + torch.log(-torch.expm1(-positive))
-        theta = cls(torch.stack([raw[kind] for kind in KINDS], dim=1), ranges)
+        theta = cls(torch.stack([raw[kind] for kind in KINDS], dim=1), ranges, before)
         theta.gate_scale = gate_scale
         return theta
 
     def forward(self) -> ThetaValues:
         """Eq. 10."""
         raw = dict(zip(KINDS, self.raw.unbind(dim=1), strict=True))
-        is_place = torch.ones_like(raw["gate"])
-        is_place[-1] = 0.0
+        is_place, fixed = torch.ones_like(raw["gate"]), torch.zeros_like(raw["gate"])
+        is_place[len(is_place) - self.before - 1 :] = 0.0
+        fixed[len(fixed) - self.before :] = 1.0
         mapped = {
-            "gate": torch.sigmoid(raw["gate"] * self.gate_scale) * is_place,
+            "gate": torch.sigmoid(raw["gate"] * self.gate_scale) * is_place + fixed,
             "discard": torch.sigmoid(raw["discard"] * self.ranges.discard_scale).clamp(max=DISCARD_LIMIT),
             "gamma": torch.sigmoid(raw["gamma"]),
             "tau": F.softplus(raw["tau"]) + self.ranges.epsilon,
@@ -119,7 +131,7 @@ class Theta(nn.Module):
             "rho": torch.sigmoid(raw["rho"]),
             "nu": torch.sigmoid(raw["nu"]),
         }
-        return ThetaValues(torch.stack([mapped[kind] for kind in KINDS], dim=1))
+        return ThetaValues(torch.stack([mapped[kind] for kind in KINDS], dim=1), self.before)
 
 
 def default_placement(depth: int, max_reducers: int) -> tuple[int, ...]:
@@ -142,6 +154,8 @@ def start_values(
     gate_on: float = GATE_ON,
     gate_off: float = GATE_OFF,
     crossover: int | None = None,
+    before: bool = False,
+    withdraw: int | None = None,
 ) -> torch.Tensor:
     """Values ``[L, 7]`` that the search starts from.
 
@@ -162,6 +176,8 @@ def start_values(
         gate_on: gates of the placement.
         gate_off: most that other gates begin with.
         crossover: for the measure flops.
+        before: a reducer before the decoder has the last row, one more than there are layers.
+        withdraw: layer behind which no visual token goes on; the placement lies in front of it.
 
     Raises:
         SettingError: a placement that is empty, too long, out of range, or not ascending; a layer average that it
@@ -176,10 +192,17 @@ def start_values(
         raise SettingError("placement", layers, f"these are no places of a model of {depth} layers", remedy)
     left = max_reducers - gate_on * len(layers)
     off = min(gate_off, left / (places - len(layers))) if places > len(layers) else 0.0
-    if measure == "final":
+    if withdraw is not None and layers[-1] >= withdraw:
+        remedy = f"give layers below {withdraw}, or withdraw later"
+        raise SettingError("placement", layers, f"images are withdrawn behind layer {withdraw}", remedy)
+    if measure == "final" and not before:
         discard = min((1 - (budget / visual_tokens) ** (1 / len(layers))) / gate_on, _MOST)
     else:
-        discard = _discard_for_cost(budget, visual_tokens, depth, layers, gate_on, measure, crossover)
+        seen: list[tuple[bool, int] | None]
+        seen = [(before, sum(layer < index for layer in layers)) for index in range(depth + 1)]
+        if withdraw is not None and measure != "final":
+            seen[withdraw + 1 :] = [None] * (depth - withdraw)
+        discard = _discard_for_cost(budget, visual_tokens, layers, seen, gate_on, measure, crossover)
     gamma = NEAR_ZERO if name == "warm" else 0.5
     start = {
         "gate": off,
@@ -190,7 +213,7 @@ def start_values(
         "rho": NEAR_ZERO,
         "nu": NEAR_ZERO,
     }
-    values = torch.tensor([start[kind] for kind in KINDS], dtype=torch.float64).repeat(depth, 1)
+    values = torch.tensor([start[kind] for kind in KINDS], dtype=torch.float64).repeat(depth + before, 1)
     values[layers, KINDS.index("gate")] = gate_on
     return values
 
@@ -198,24 +221,28 @@ def start_values(
 def _discard_for_cost(
     budget: int,
     visual_tokens: int,
-    depth: int,
     layers: Sequence[int],
+    seen: Sequence[tuple[bool, int] | None],
     gate: float,
     measure: SearchMeasure,
     crossover: int | None,
 ) -> float:
-    behind = [sum(layer < index for layer in layers) for index in range(depth + 1)]
+    """The discard that all reducers share.
+
+    ``seen``: for each layer, and behind the last, which reducers its tokens have passed: whether the one before the
+    decoder, and how many inside; None behind a withdrawal.
+    """
 
     def average(discard: float) -> float:
-        shares = [(1 - gate * discard) ** reducers for reducers in behind]
-        if measure != "flops":
-            return visual_tokens * sum(shares[:-1]) / depth
-        left = torch.tensor(shares[1:], dtype=torch.float64) * visual_tokens
-        return tokens_of(visual_tokens, left, measure, crossover).item()
+        passed = [(1 - discard) ** n[0] * (1 - gate * discard) ** n[1] if n is not None else 0.0 for n in seen]
+        if measure in ("layer_average", "kv_bytes"):
+            return visual_tokens * sum(passed[:-1]) / (len(passed) - 1)
+        entering, *left = (torch.tensor(passed, dtype=torch.float64) * visual_tokens).unbind()
+        return tokens_of(entering, torch.stack(left), measure, crossover).item()
 
     if (least := average(_MOST)) > budget:
         remedy = f"give {math.ceil(least)} or more, an earlier placement, or budget_measure final"
-        problem = f"reducers at {list(layers)} leave {_MEASURES[measure]} of {least:.1f} at least"
+        problem = f"reducers at {list(layers)} leave {_MEASURES.get(measure, measure)} of {least:.1f} at least"
         raise SettingError("budget", budget, problem, remedy)
     low, high = 0.0, _MOST
     for _ in range(60):

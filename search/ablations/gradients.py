@@ -22,7 +22,7 @@ from eos_search.raw import write_raw
 from eos_search.relaxed import Relaxation, RelaxedModel
 from eos_search.structure import Rules, read_structure
 from eos_search.task import example_terms
-from eos_search.theta import KINDS, ThetaValues
+from eos_search.theta import KINDS
 from eos_vllm.core.errors import EosError
 
 STUDY = "gradients"
@@ -84,7 +84,7 @@ class Bench:
         self, question: Question, table: torch.Tensor, budget: int | None, keep: KeepName = "eq12"
     ) -> torch.Tensor:
         """Task loss of the hard pass at ``table`` ``[L, 7]``; with gradients if that asks for them."""
-        values = ThetaValues(table)
+        values = self.rules.values(table)
         estimator = keep_estimator(keep, self.alpha, self.keep_width)
         model = RelaxedModel(self.model, self.rules, Relaxation(explore=False, keep=estimator))
         structure = read_structure(values, self.rules, budget)
@@ -117,7 +117,7 @@ class Bench:
 
     def acting(self, point: Point) -> tuple[int, ...]:
         """Layers that act at a point."""
-        return read_structure(ThetaValues(point.table), self.rules).acting
+        return read_structure(self.rules.values(point.table), self.rules).acting
 
 
 def mode(point: str, budget: int | None) -> str:

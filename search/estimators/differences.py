@@ -4,7 +4,7 @@ A pass with another count at one reducer equals the pass at hand up to that redu
 2 R forward passes without gradients for each example that is measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 
@@ -29,12 +29,14 @@ class Differences:
     def at_reducer(self, flow: Flow, did: Reduction) -> None:
         """See :class:`eos_search.estimators.base.KeepEstimator`; all is done behind the pass."""
 
-    def slopes(self, run: Run, row: int, loss: Callable[[int, int], float]) -> torch.Tensor | None:
-        """See :class:`eos_search.estimators.base.KeepEstimator`."""
+    def slopes(
+        self, run: Run, row: int, loss: Callable[[int, int], float], places: Sequence[int] | None = None
+    ) -> torch.Tensor | None:
+        """See :class:`eos_search.estimators.base.KeepEstimator`; ``places``: reducers to measure, all where None."""
         if row % self.every:
             return None
         found = torch.zeros_like(run.soft.logs, requires_grad=False)
-        for place in range(len(run.structure.counts)):
+        for place in range(len(run.structure.counts)) if places is None else places:
             low, high = run.room(place, self.width)
             if low < high:
                 # Where there is no room to one side, that is the count itself and the difference one-sided.

@@ -7,13 +7,14 @@ from typing import Any
 
 from eos_search.opponents.base import Method
 from eos_search.opponents.judge import Budget
-from eos_search.opponents.space import SELECTORS, check_names
+from eos_search.opponents.space import check_names
+from eos_search.selectors import NAMED
 from eos_vllm.cluttervqa import VERSIONS
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import QueryRule
 
 QUERIES: tuple[QueryRule, ...] = ("relevant_text", "all_text", "last_text", "image")
-DEFAULT_SELECTORS = tuple(name for name in SELECTORS if name != "cls")
+DEFAULT_SELECTORS = tuple(name for name in NAMED if name != "cls")
 # The questions that may choose a profile; those that judge it in the end are others.
 SPLIT = "validation"
 
@@ -32,7 +33,7 @@ class OpponentSettings:
         images: validation images of the last rung.
         first_images: those of the first.
         max_reducers: most reducers, one before the decoder included; of random search and TPE.
-        selectors: names in :data:`~eos_search.opponents.space.SELECTORS`, of random search and TPE; may be empty.
+        selectors: names in :data:`~eos_search.selectors.NAMED`, of random search and TPE; may be empty.
         queries: query rules to choose from.
         benchmark_version: of ClutterVQA.
         max_tokens: longest answer.
@@ -76,7 +77,7 @@ class OpponentSettings:
         if not self.queries:
             raise SettingError("queries", "", "names no query rule", f"choose from {', '.join(QUERIES)}")
         check_names("queries", self.queries, QUERIES)
-        check_names("selectors", self.selectors, tuple(SELECTORS))
+        check_names("selectors", self.selectors, tuple(NAMED))
         self._check_numbers()
 
     def _check_numbers(self) -> None:

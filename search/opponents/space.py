@@ -1,26 +1,17 @@
 """The space that random search and TPE share: where, how much and which, of one cost."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from eos_search.opponents.base import Chooser
 from eos_search.opponents.costs import at_costs, draft_profile, latest_first_layer, prune_reducer
+from eos_search.selectors import NAMED
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import BEFORE, ModelSpec, Profile
 
-# What may choose before the decoder. Rules that mix tokens themselves leave nothing to the operator.
-SELECTORS: Mapping[str, dict[str, Any]] = {
-    "uniform": {"rule": "uniform"},
-    "maxmin": {"rule": "maxmin"},
-    "mmr": {"rule": "mmr"},
-    "coverage": {"rule": "coverage", "score": "uniform"},
-    "received": {"rule": "topk", "score": "received_attention"},
-    "rarity": {"rule": "topk", "score": "rarity"},
-    "cls": {"rule": "topk", "score": "cls_attention"},
-}
 _NONE = "none"
 _DROP, _MIX = "drop", "mix"
 # Logarithm of the share that a reducer drops of the cost, as a ratio: only ratios count.
@@ -37,7 +28,7 @@ class Space:
         model: with a fixed number of visual tokens.
         costs: layer averages in tokens.
         max_reducers: most reducers, one before the decoder included.
-        selectors: names in ``SELECTORS``; none: no reducer before the decoder.
+        selectors: names in :data:`~eos_search.selectors.NAMED`; none: no reducer before the decoder.
         queries: query rules to choose from.
     """
 
@@ -64,7 +55,7 @@ class Space:
         layers = self._layers(choose, before is not None)
         reducers = [] if before is None else [self._reducer(choose, 0, BEFORE, bool(layers))]
         if before is not None:
-            reducers[0]["select"] = SELECTORS[before]
+            reducers[0]["select"] = NAMED[before]
         for k, layer in enumerate(layers, start=len(reducers)):
             reducers.append(self._reducer(choose, k, layer, len(layers) + len(reducers) > 1))
         queries = choose.one_of("queries", self.queries) if layers else "image"

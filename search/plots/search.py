@@ -9,7 +9,7 @@ from matplotlib.ticker import NullFormatter
 
 from eos_search.plots.canvas import MARKS, panels
 from eos_search.theta import KINDS, Kind
-from eos_vllm.core.budget import image_size, kept_counts, layer_average, own_budget, plain
+from eos_vllm.core.budget import kept_counts, layer_average, own_budget, plain, segment_tokens
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile
 
@@ -50,10 +50,11 @@ def search_figure(records: Sequence[Mapping[str, Any]]) -> tuple[Figure, dict[st
     for kind, by_layer, over_steps in zip(_SHOWN, axes[: len(_SHOWN)], axes[len(_SHOWN) :], strict=True):
         lines = data["values"][kind]
         last = [line[-1] for line in lines]
-        by_layer.bar(range(len(last)), last, color=[colours.get(layer, _IDLE) for layer in range(len(last))])
+        layers = [layer - len(last) if layer - len(last) in colours else layer for layer in range(len(last))]
+        by_layer.bar(layers, last, color=[colours.get(layer, _IDLE) for layer in layers])
         title = f"{kind} by layer at step {data['steps'][-1]} (grey: doesn't act)"
         by_layer.set(title=title, xlabel="decoder layer", ylabel=kind)
-        for layer, line in enumerate(lines):
+        for layer, line in zip(layers, lines, strict=True):
             if layer not in colours:
                 over_steps.plot(data["steps"], line, color=_IDLE, linewidth=0.6)
         for number, (layer, colour) in enumerate(colours.items()):
@@ -75,12 +76,13 @@ def profile_figure(profile: Profile, budgets: Sequence[int | None]) -> tuple[Fig
     Returns:
         The figure, and its data.
     """
-    depth, visual = profile.model.num_decoder_layers, image_size(profile)
+    depth = profile.model.num_decoder_layers
     figure, axes = panels(1, 2, width=4.6, height=3.2)
     data: dict[str, Any] = {"figure": "profile", "profile": profile.name, "tokens": {}, "operators": []}
     for budget in budgets:
         counts = kept_counts(profile, budget)
-        seen = [(visual, *counts)[profile.segment_of_layer(layer)] for layer in range(depth)]
+        tokens = segment_tokens(profile, counts)
+        seen = [tokens[profile.segment_of_layer(layer)] for layer in range(depth)]
         own = plain(own_budget(profile)) if budget is None else budget
         mean = layer_average(profile, counts)
         axes[0].step(range(depth), seen, where="mid", label=f"retain {own} (layer average {mean:.1f})")

@@ -57,19 +57,24 @@ def make_rules(queries: Any = "relevant_text", norm: Any = "token", max_reducers
 
 
 def make_theta(acting: dict[int, float], depth: int = LAYERS, **values: float) -> Theta:
-    """Theta with gates 0.9 and the given discards at some layers, gates 0.1 elsewhere; ``values`` hold for all."""
+    """Theta with gates 0.9 and the given discards at some layers, gates 0.1 elsewhere; ``values`` hold for all.
+
+    Layer -1 among ``acting`` makes a reducer before the decoder.
+    """
     row = {"gate": 0.1, "discard": 0.4, "gamma": 0.3, "tau": 0.3, "theta": 0.1, "rho": 0.4, "nu": 0.3} | values
-    table = torch.tensor([[row[kind] for kind in KINDS]] * depth, dtype=torch.float64)
+    before = -1 in acting
+    table = torch.tensor([[row[kind] for kind in KINDS]] * (depth + before), dtype=torch.float64)
     for layer, discard in acting.items():
         table[layer, :2] = torch.tensor([0.9, discard])
-    return Theta.from_values(table)
+    return Theta.from_values(table, before=before)
 
 
 def make_example(small: tuple[Any, Any], row: Row, rules: Rules) -> Prepared:
     """What enters layer 0 for a row."""
     model, processor = small
     encoder = Encoder(processor, PROMPT, ANSWER, VISUAL, 4096)
-    return prepare(model, encoder.encode(0, row), rules.importance.queries, VISUAL)  # type: ignore[arg-type]
+    encoded = encoder.encode(0, row)
+    return prepare(model, encoded, rules.importance.queries, VISUAL, rules.select)  # type: ignore[arg-type]
 
 
 def make_settings(model: Path, output: Path, /, **changes: Any) -> SearchSettings:

@@ -122,9 +122,9 @@ def test_a_start_that_ends_without_reducers_is_told(small_path: Path, tmp_path: 
 
     (tmp_path / "runs").mkdir()
     settings = make_settings(small_path, tmp_path / "runs")
-    result = run_restarts(settings, [(0,), (1,)], search=search)
+    result = run_restarts(settings, [{"placement": (0,)}, {"placement": (1,)}], search=search)
     assert result.profile == read_profile(tmp_path / "runs/theta.json")
     told = json.loads((tmp_path / "runs" / RESTARTS).read_text())
     assert told["searches"][0]["failed"].startswith("gate_threshold=0.5")
     with pytest.raises(SettingError, match="restarts=1: no search ended"):
-        run_restarts(settings, [(0,)], search=search)
+        run_restarts(settings, [{"placement": (0,)}], search=search)

@@ -21,11 +21,17 @@ OBJECTIVE = Objective(6, 3, 36, (2, 3, 5), lambda_align=0.5)
 
 
 def task_loss(
-    model: Any, example: Prepared, values: ThetaValues, rules: Rules, alpha: float = 10.0, **relaxation: Any
+    model: Any,
+    example: Prepared,
+    values: ThetaValues,
+    rules: Rules,
+    alpha: float = 10.0,
+    row: int = 0,
+    **relaxation: Any,
 ) -> torch.Tensor:
     relaxed = RelaxedModel(model, rules, Relaxation(alpha, **relaxation))
     reference = reference_rows(OBJECTIVE, example, relaxed.reference(example, OBJECTIVE.aligned))
-    output = relaxed.forward(example, values, read_structure(values, rules), OBJECTIVE.aligned)
+    output = relaxed.forward(example, values, read_structure(values, rules), OBJECTIVE.aligned, row)
     return task_terms(OBJECTIVE, example, output, reference).total
 
 
@@ -171,3 +177,36 @@ def test_scores_of_zero_break_nothing() -> None:
     ).steps[0]
     keep = keep_probability(step, [torch.zeros(1, 5)], torch.tensor(0.5), 10.0, 8)
     assert keep.isfinite().all()
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+def test_gates_in_turn_have_the_gradients_of_all_of_them(exact: tuple[Any, Prepared], tries: int) -> None:
+    """As a mean over as many rows as there are closed gates; open ones have theirs in every row."""
+    rules, theta = make_rules(), make_theta({1: 0.5, 3: 0.5})
+    model, example = exact
+    every = gradient(model, example, theta, rules)
+    closed = sorted(read_structure(theta(), rules).candidates)
+    rows = []
+    for row in range(len(closed)):
+        table = theta().table.detach().requires_grad_()
+        task_loss(model, example, ThetaValues(table), rules, row=row, tries=tries).backward()
+        assert table.grad is not None
+        moved = [layer for layer in closed if table.grad[layer].abs().max() > 0]
+        assert len(moved) == tries
+        rows.append(table.grad)
+    mean = dict(zip(KINDS, torch.stack(rows).mean(dim=0).unbind(dim=1), strict=True))
+    for kind in KINDS:
+        torch.testing.assert_close(mean[kind], every[kind], rtol=1e-6, atol=1e-12)
+
+
+def test_a_layer_gives_its_scores_the_queries_that_it_works_with(exact: tuple[Any, Prepared]) -> None:
+    """Its projections run once, whether its reducer acts, might, or neither."""
+    rules, theta = make_rules(), make_theta({1: 0.5, 3: 0.5})
+    model, example = exact
+    calls: list[int] = []
+    layers = model.model.language_model.layers
+    for number, layer in enumerate(layers):
+        layer.self_attn.q_proj.register_forward_hook(lambda *_, n=number: calls.append(n))
+    relaxed = RelaxedModel(model, rules)
+    relaxed.forward(example, theta(), read_structure(theta(), rules))
+    assert calls == list(range(len(layers)))

@@ -17,8 +17,8 @@ from eos_search.opponents.one_knob import GAMMAS, PLACES, OneKnob, hand_made
 from eos_search.opponents.racing import FACTOR, SpentError, race, rungs
 from eos_search.opponents.random_search import RandomChooser, RandomSearch
 from eos_search.opponents.settings import QUERIES
-from eos_search.opponents.space import SELECTORS
 from eos_search.opponents.tpe import TPE
+from eos_search.selectors import NAMED
 from eos_vllm.core.budget import eq11_counts, kept_counts, layer_average
 from eos_vllm.core.errors import BudgetError, SettingError
 from eos_vllm.core.profile import Profile
@@ -50,7 +50,7 @@ def test_every_point_of_the_space_has_its_costs(
     seed: int, depth: int, visual: int, shares: list[float], selectors: bool, most: int
 ) -> None:
     costs = tuple(dict.fromkeys(max(1, int(visual * share)) for share in shares))
-    names = tuple(SELECTORS) if selectors else ()
+    names = tuple(NAMED) if selectors else ()
     try:
         space = make_space(depth, costs, visual, selectors=names, max_reducers=most)
     except SettingError:

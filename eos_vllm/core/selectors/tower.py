@@ -57,6 +57,11 @@ class TowerOutput:
         """N, patches of an image."""
         return self.vision.shape[1]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds, for whoever remembers it and counts bytes."""
+        seen = [tensor for layer in self.layers.values() for tensor in (layer.query, layer.key)]
+        return [self.vision, self.projected, *([] if self.cls is None else [self.cls]), *seen]
+
     @cached_property
     def projected(self) -> torch.Tensor:
         """All visual tokens as the language model would get them ``[B, N, d]``."""
