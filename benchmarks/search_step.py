@@ -2,8 +2,9 @@
 
     python -m benchmarks.search_step --out results/search-step-cpu.json
 
-A LLaVA of 32 layers and 576 visual tokens with narrow layers and random weights: operations do not depend on widths, and
-on a GPU a search of short rows is bound by launching them. Views are left out, which launch nothing. Cases take turns.
+A LLaVA of 32 narrow layers and 576 visual tokens with random weights: how many operations there are does not depend on
+widths, and on a GPU a search of short rows is bound by launching them. Views are left out, which launch nothing. Cases
+take turns.
 """
 
 import argparse
@@ -34,7 +35,8 @@ LAYERS = 32
 _VIEWS = (
     "view", "reshape", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "as_strided", "t",
     "detach", "alias", "unbind", "split", "narrow", "diagonal", "_unsafe_view", "chunk", "lift_fresh", "resolve_conj",
-    "resolve_neg", "item", "_local_scalar_dense", "is_nonzero", "empty", "empty_strided", "empty_like", "split_with_sizes",
+    "resolve_neg", "item", "_local_scalar_dense", "is_nonzero", "empty", "empty_strided", "empty_like",
+    "split_with_sizes",
 )  # fmt: skip
 # Name, estimator of counts, closed gates that are tried for a row (0: all).
 CASES: tuple[tuple[str, KeepName, int], ...] = (
