@@ -10,8 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from eos_search.measures import tokens_of
 from eos_search.structure import Rules, Structure
 from eos_search.theta import ThetaValues
+
+# Powers beyond this leave nothing of any share.
+_STEEPEST = 1 << 20
+_HALVINGS = 50
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,53 @@ def soft_counts(values: ThetaValues, structure: Structure, rules: Rules) -> Soft
     acting = list(structure.acting)
     own = torch.log1p(-values.gate[acting] * values.discard[acting])
     if structure.budget is not None and acting:
-        power = 0.0 if structure.budget >= total else math.log(structure.budget / total) / own.sum()
-        own = own * power
+        own = own * _power(own, structure, rules, values.depth)
     logs = math.log(total) + own.cumsum(dim=0)
     return SoftCounts(logs.clamp(min=math.log(min(rules.minimum, total))), own.exp())
+
+
+def _power(own: torch.Tensor, structure: Structure, rules: Rules, depth: int) -> torch.Tensor | float:
+    """The power to which the budget that is served raises all shares, given their logarithms ``own`` ``[R]``.
+
+    Differentiable: where the measure has no closed form, by the derivative of the implicit function.
+    """
+    total, budget = rules.model.visual_tokens, structure.budget
+    assert total is not None
+    assert budget is not None
+    if budget >= total:
+        return 0.0
+    if rules.measure == "final":
+        return math.log(budget / total) / own.sum()
+
+    def cost_at(power: torch.Tensor | float, logs: torch.Tensor) -> torch.Tensor:
+        return _cost(total * (power * logs).cumsum(dim=0).exp(), structure, rules, depth)
+
+    with torch.no_grad():
+        low, high = 0.0, 1.0
+        while cost_at(high, own) > budget and high < _STEEPEST:
+            low, high = high, 2 * high
+        if high >= _STEEPEST:  # these layers cannot cost so little, and no share changes that
+            return high
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost_at(middle, own) > budget else (low, middle)
+    power = own.new_tensor(high, requires_grad=True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(cost_at(power, own.detach()), power)
+    # A step of Newton from the solution: nothing in value.
+    there = cost_at(high, own)
+    return high - (there - there.detach()) / slope
+
+
+def _cost(left: torch.Tensor, structure: Structure, rules: Rules, depth: int) -> torch.Tensor:
+    """What unrounded counts behind each reducer ``[R]`` come to by the measure of the rules."""
+    assert rules.model.visual_tokens is not None
+    tokens = torch.cat([left.new_full((1,), float(rules.model.visual_tokens)), left])
+    entering = tokens[int(structure.before)]
+    behind = [tokens[sum(acts <= layer for acts in structure.acting)] for layer in range(depth)]
+    if rules.withdraw is not None:
+        behind[rules.withdraw :] = [torch.zeros_like(entering)] * (depth - rules.withdraw)
+    return tokens_of(entering, torch.stack(behind), rules.measure, rules.model.flops_crossover)
 
 
 def neighbours(counts: tuple[int, ...], place: int, total: int, width: float, minimum: int = 1) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class SearchSettings(BaseModel):
     max_tokens: int = Field(2048, ge=2, description="longer rows are skipped")
 
     budget: int = Field(64, ge=1, description="B: visual tokens of an image that may be left")
-    serve_budgets: Layers = Field((), description="final counts that examples take in turn (default: Theta's own)")
+    serve_budgets: Layers = Field((), description="budgets that examples take in turn (default: Theta's own counts)")
     budget_measure: SearchMeasure = Field("final", description="final (Eq. 13), or what layers see of an image")
     budget_gates: BudgetGates = Field("acting", description="gates that count in it: acting, or all as in Eq. 13")
     constraint: Literal["penalty", "lagrangian"] = Field("penalty", description="Eq. 13's, or one that is met")

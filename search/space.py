@@ -93,5 +93,6 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
         minimum=settings.minimum,
         select=selector,
         withdraw=settings.withdraw,
+        measure=settings.budget_measure,
     )
     return objective, rules, theta

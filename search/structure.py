@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from eos_search.measures import SearchMeasure
 from eos_search.theta import KINDS, ThetaValues
-from eos_vllm.core.budget import eq11_counts, kept_counts
+from eos_vllm.core.budget import cost, eq11_counts, kept_counts
+from eos_vllm.core.errors import BudgetError
 from eos_vllm.core.profile import (
     BEFORE,
     SCHEMA,
@@ -18,6 +20,7 @@ from eos_vllm.core.profile import (
     OperatorSpec,
     Profile,
     Reducer,
+    Withdrawal,
     parse_profile,
 )
 from eos_vllm.core.selectors import Selector
@@ -36,6 +39,7 @@ class Rules:
         minimum: Kmin of Eq. 11.
         select: what chooses the anchors of a reducer before the decoder; None: there is none.
         withdraw: layer behind which no visual token goes on; None: all that are left go on.
+        measure: what a served budget counts, and the profile's own.
     """
 
     model: ModelSpec
@@ -46,6 +50,7 @@ class Rules:
     minimum: int = 1
     select: Selector | None = None
     withdraw: int | None = None
+    measure: SearchMeasure = "final"
 
     def values(self, table: torch.Tensor) -> ThetaValues:
         """Values ``[L, 7]`` with these rules; one row more where something is selected before the decoder."""
@@ -62,7 +67,8 @@ class Structure:
         counts: visual tokens of an image left after each of them.
         profile: the profile that says the same; None where nothing is reduced.
         candidates: for each other place, the count that it would leave behind if its gate acted.
-        budget: the retain budget that the counts are scaled to; None: they are those of Eq. 11.
+        budget: the retain budget that the counts are scaled to, by the measure of the rules; None: they are those of
+            Eq. 11.
     """
 
     acting: tuple[int, ...]
@@ -111,7 +117,7 @@ def read_structure(values: ThetaValues, rules: Rules, budget: int | None = None)
     acting = (BEFORE, *inside) if values.before else inside
     profile = _profile(rows, acting, rules) if acting or rules.withdraw is not None else None
     if profile is not None and budget is not None:
-        profile = profile.model_copy(update={"budget": profile.budget.model_copy(update={"tokens": budget})})
+        profile = _served(profile, budget)
     counts = () if profile is None else kept_counts(profile)[: len(acting)]
     candidates: dict[int, int] = {}
     tokens = counts[0] if values.before else rules.model.visual_tokens
@@ -142,10 +148,24 @@ def _profile(rows: list[list[float]], acting: tuple[int, ...], rules: Rules) -> 
     }
     if rules.withdraw is not None:
         data["reducers"].append({"layer": rules.withdraw, "withdraw": True})
-    counts = eq11_counts(parse_profile(data))
-    left = counts[len(acting) - 1] if acting else rules.model.visual_tokens
-    data["budget"] = {"measure": "final", "tokens": left, "minimum": rules.minimum}
-    return parse_profile({**data, "schedules": {str(left): list(counts)}})
+    counts = eq11_counts(draft := parse_profile(data))
+    tokens = max(1, round(cost(draft, counts, rules.measure)))
+    data["budget"] = {"measure": rules.measure, "tokens": tokens, "minimum": rules.minimum}
+    return parse_profile({**data, "schedules": {str(tokens): list(counts)}})
+
+
+def _served(profile: Profile, budget: int) -> Profile:
+    """The profile at another budget of its measure; at the least that its layers can cost, where that is more."""
+    served = profile.model_copy(update={"budget": profile.budget.model_copy(update={"tokens": budget})})
+    if profile.budget.measure == "final":
+        return served
+    served = served.model_copy(update={"schedules": {}})
+    try:
+        kept_counts(served)
+    except BudgetError:
+        least = [0 if isinstance(r, Withdrawal) else profile.budget.minimum for r in profile.reducers]
+        return served.model_copy(update={"schedules": {str(budget): tuple(least)}})
+    return served
 
 
 def _count_if_acting(layer: int, row: list[float], tokens: int, rules: Rules) -> int:

@@ -23,6 +23,7 @@ from eos_search.flow import Flow, Reduction, Run
 from eos_search.objective import Objective, TaskTerms, reference_rows, task_terms
 from eos_search.relaxed import Relaxation, RelaxedModel
 from eos_search.run import run_search
+from eos_search.selectors import named_selector
 from eos_search.structure import Rules, Structure, read_structure
 from eos_search.task import example_terms
 from eos_search.theta import KINDS, Theta, ThetaValues
@@ -32,6 +33,17 @@ from eos_vllm.core.errors import SettingError
 Exact = tuple[Any, Prepared]
 OBJECTIVE = Objective(6, 3, VISUAL, (2, 3, 5), lambda_align=0.5)
 SHARES = st.lists(st.floats(0.05, 0.95), min_size=3, max_size=3)
+
+
+# The paper's, one with budgets by cost, and one with reducers of all kinds.
+SPACES = st.sampled_from(
+    [{}, {"measure": "layer_average"}, {"measure": "layer_average", "withdraw": 5, "select": named_selector("uniform")}]
+)
+
+
+def rules_and_theta(space: dict[str, Any], discards: list[float]) -> tuple[Rules, Theta]:
+    layers = (-1, 2, 3) if "select" in space else (0, 2, 3)
+    return make_rules(**space), make_theta(dict(zip(layers, discards, strict=True)))
 
 
 class Nothing:
@@ -76,9 +88,11 @@ def hard_loss(exact: Exact, theta: Theta, counts: tuple[int, ...], budget: int |
 
 
 @settings(deadline=None)
-@given(SHARES, st.sampled_from([None, 1, 5, 20, 36, 40]))
-def test_soft_counts_are_the_counts_before_rounding(discards: list[float], budget: int | None) -> None:
-    rules, theta = make_rules(), make_theta(dict(zip((0, 2, 3), discards, strict=True)))
+@given(SHARES, st.sampled_from([None, 1, 5, 20, 36, 40]), SPACES)
+def test_soft_counts_are_the_counts_before_rounding(
+    discards: list[float], budget: int | None, space: dict[str, Any]
+) -> None:
+    rules, theta = rules_and_theta(space, discards)
     values = theta()
     assume(budget != read_structure(values, rules).counts[-1])  # whose counts are Eq. 11's, a schedule of the profile
     structure = read_structure(values, rules, budget)
@@ -89,11 +103,13 @@ def test_soft_counts_are_the_counts_before_rounding(discards: list[float], budge
 
 
 @settings(deadline=None)
-@given(SHARES, st.integers(1, 35), st.lists(st.floats(-3, 3), min_size=3, max_size=3))
-def test_raising_all_shares_to_one_power_has_no_slope(discards: list[float], budget: int, slopes: list[float]) -> None:
+@given(SHARES, st.integers(1, 35), st.lists(st.floats(-3, 3), min_size=3, max_size=3), SPACES)
+def test_raising_all_shares_to_one_power_has_no_slope(
+    discards: list[float], budget: int, slopes: list[float], space: dict[str, Any]
+) -> None:
     """Under a budget that counts are scaled to; and it does change no count."""
-    rules, theta = make_rules(), make_theta(dict(zip((0, 2, 3), discards, strict=True)))
-    values = ThetaValues(theta().table.detach().requires_grad_())
+    rules, theta = rules_and_theta(space, discards)
+    values = rules.values(theta().table.detach().requires_grad_())
     assume(budget != read_structure(values, rules).counts[-1])
     structure = read_structure(values, rules, budget)
     soft = soft_counts(values, structure, rules)
@@ -101,8 +117,8 @@ def test_raising_all_shares_to_one_power_has_no_slope(discards: list[float], bud
     powered = theta().table.detach()
     powered[:, 1] = (1 - (1 - powered[:, 0] * powered[:, 1]) ** 0.9) / powered[:, 0].clamp(min=1e-9)
     assert structure.profile is not None
-    assume(budget != read_structure(ThetaValues(powered), rules).counts[-1])
-    moved = read_structure(ThetaValues(powered), rules, budget)
+    assume(budget != read_structure(rules.values(powered), rules).counts[-1])
+    moved = read_structure(rules.values(powered), rules, budget)
     for one, other in zip(kept_counts(structure.profile), moved.counts, strict=True):
         assert abs(one - other) <= 1  # a half may be rounded either way
 
@@ -110,10 +126,36 @@ def test_raising_all_shares_to_one_power_has_no_slope(discards: list[float], bud
 def null_slope(theta: Theta, table: torch.Tensor) -> float:
     """Size of the slope along the direction that raises all shares to one power, by the discards of acting layers."""
     values = theta().table.detach()
-    acting = values[:, 0] > 0.5
+    acting = values[:, 0] > 0.5  # the gate before the decoder is 1
     share = 1 - values[acting, 0] * values[acting, 1]
     direction = -share * share.log() / values[acting, 0]
     return abs((table[acting, 1] * direction).sum().item())
+
+
+@pytest.mark.parametrize("measure", ["layer_average", "flops"])
+def test_counts_scaled_to_a_cost_have_their_derivative(measure: str) -> None:
+    """Against differences of the counts that another Theta is scaled to, before rounding."""
+    rules, step = make_rules(measure=measure), 1e-6
+    rules = replace(rules, model=rules.model.model_copy(update={"flops_crossover": 500}))
+    theta = make_theta({0: 0.4, 2: 0.5, 3: 0.3})
+
+    def logs(table: torch.Tensor) -> torch.Tensor:
+        values = ThetaValues(table)
+        return soft_counts(values, read_structure(values, rules, 15), rules).logs
+
+    table = theta().table.detach().requires_grad_()
+    weights = torch.tensor([1.0, -2.0, 0.7], dtype=torch.float64)
+    (found,) = torch.autograd.grad((logs(table) * weights).sum(), table)
+    for layer in (0, 2, 3):
+        for column in (0, 1):
+            ends = []
+            for sign in (1, -1):
+                moved = table.detach().clone()
+                moved[layer, column] += sign * step
+                ends.append((logs(moved) * weights).sum().item())
+            expected = (ends[0] - ends[1]) / (2 * step)
+            assert abs(expected) > 1e-3
+            assert found[layer, column].item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("budget", [18, 6])
