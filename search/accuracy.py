@@ -83,6 +83,14 @@ def chance(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
+def resampled_marks(
+    rows: Sequence[Row], replies: Sequence[str], scorer: Scorer = EXACT, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean score of each kind, kinds in alphabetical order, and the same of each resample ``[RESAMPLES, kinds]``."""
+    _, values, drawn, _ = _resampled(rows, _marks(rows, replies, scorer), seed)
+    return values, drawn
+
+
 def _marks(rows: Sequence[Row], replies: Sequence[str], scorer: Scorer) -> np.ndarray:
     """Score of each reply ``[questions]``."""
     return np.array([scorer.score(reply, row) for reply, row in zip(replies, rows, strict=True)], float)

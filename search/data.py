@@ -99,14 +99,15 @@ def load_data(settings: SearchSettings, encoder: Encoder) -> Data:
 
 def _drawn(settings: SearchSettings) -> Iterator[Row]:
     """Rows of the embedded benchmark: all questions of as many images as the samples need, and no file."""
-    from eos_vllm.cluttervqa import KINDS, samples
+    from eos_vllm.cluttervqa import samples, version_of
 
+    version = version_of(settings.benchmark_version)
     if settings.data:
         problem, remedy = "this benchmark is drawn, not read", "leave it out, or read an export as data_format=jsonl"
         raise SettingError("data", settings.data, problem, remedy)
-    images = -(-settings.samples // (len(KINDS) - 2))
-    for index, sample in enumerate(samples(settings.split, images)):
-        image = DrawnImage(settings.split, index)
+    images = -(-settings.samples // (len(version.kinds) - 2))
+    for index, sample in enumerate(samples(settings.split, images, version=version.number)):
+        image = DrawnImage(settings.split, index, version.number)
         for number, question in enumerate(sample.questions):
             yield Row(f"{sample.name}-{number:02d}", question.text, question.answer, image, question.kind)
 

@@ -61,11 +61,13 @@ class DrawnImage:
 
     split: str
     index: int
+    version: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
         """The sample's name."""
-        return (f"{self.split}-{self.index:06d}",)
+        name = f"{self.split}-{self.index:06d}"
+        return (name if self.version == 1 else f"{name} of version {self.version}",)
 
     def problem(self) -> str | None:
         """None: it can always be drawn."""
@@ -75,4 +77,4 @@ class DrawnImage:
         """The image."""
         from eos_vllm.cluttervqa import make_sample
 
-        return [make_sample(self.split, self.index).image]
+        return [make_sample(self.split, self.index, version=self.version).image]

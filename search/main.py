@@ -9,6 +9,7 @@ COMMANDS = {
     "run": ("run_command", "search an operator profile on a frozen LLaVA and write theta.json"),
     "evaluate": ("evaluate_command", "accuracy of profiles at budgets, with intervals"),
     "oppose": ("oppose_command", "other searches of the same cost and compute: random, TPE, one knob at a time"),
+    "compare": ("compare_command", "gradient searches against opponents of the same compute, at equal cost"),
     "discriminates": ("discriminates_command", "whether ClutterVQA tells the right tokens from the wrong on a model"),
     "ablate": ("ablate_command", "the paper's studies: alignment, placement, operator, budgets, robustness"),
     "plot": ("plot_command", "figures from raw results, runs and profiles, each with its data as JSON"),

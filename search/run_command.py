@@ -4,6 +4,7 @@ import argparse
 import os
 
 from eos_search.settings import add_flags, given_flags, read_config, read_settings
+from eos_search.starts import add_start_flags, starts_of
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -16,14 +17,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--config", metavar="NAME|FILE", help="a config of the package (embedded, ...) or a JSON file")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the output folder")
-    parser.add_argument(
-        "--restarts",
-        default=None,
-        metavar="A,B;C,D;...",
-        help="search from each placement, take the best end",
-    )
-    parser.add_argument("--restarts-select", default=None, metavar="A,B", help="the same with each selector")
-    parser.add_argument("--restarts-withdraw", default=None, metavar="I,J", help="the same with each withdrawal")
+    add_start_flags(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_flags(parser)
     parser.set_defaults(run=run)
@@ -38,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from eos_search.export import reducer_lines
-    from eos_search.restarts import run_restarts, starts_of
+    from eos_search.restarts import run_restarts
     from eos_search.run import run_search
 
-    starts = starts_of(args.restarts, args.restarts_select, args.restarts_withdraw)
+    starts = starts_of(args)
     if starts != [{}]:
         result = run_restarts(settings, starts, resume=args.resume, quiet=args.quiet)
     else:

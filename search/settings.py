@@ -46,6 +46,7 @@ class SearchSettings(BaseModel):
     data_format: DataFormat = Field("jsonl", description="cluttervqa, jsonl, llava (LLaVA-mix-665K) or huggingface")
     images: Path | None = Field(None, description="folder that image paths start from (default: that of the data file)")
     split: str = Field("train", description="split of cluttervqa or of a Hugging Face data set")
+    benchmark_version: int = Field(1, ge=1, le=2, description="of cluttervqa")
     question_column: str | None = Field(None, description="default: question or prompt")
     answer_column: str | None = Field(None, description="default: answer")
     image_column: str | None = Field(None, description="default: image, images or image_files")

@@ -1,5 +1,6 @@
 """Searches over the whole space: counts and operator before the decoder, inside it, and withdrawal."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,11 @@ from eos_search.measures import SearchMeasure
 from eos_search.objective import Objective, penalties, reference_rows, task_terms, tokens_left
 from eos_search.reference import ReferenceModel
 from eos_search.relaxed import Relaxation, RelaxedModel
-from eos_search.restarts import RESTARTS, starts_of
+from eos_search.restarts import RESTARTS
 from eos_search.run import run_search
 from eos_search.run_folder import read_records
 from eos_search.selectors import NAMED, named_selector
+from eos_search.starts import add_start_flags, starts_of
 from eos_search.structure import Rules, acting_of, read_structure
 from eos_search.task import example_terms
 from eos_search.theta import KINDS, Theta, start_values
@@ -287,7 +289,13 @@ def test_starts_with_other_selectors_and_withdrawals(small_path: Path, tmp_path:
         ("uniform", 3), ("uniform", 4), (None, 3), (None, 4),
     ]  # fmt: skip
     assert told["best"] in {end["folder"] for end in told["searches"]}
-    assert (output / "start-uniform-withdraw-3/theta.json").is_file()
+    assert (output / "start-select-uniform-withdraw-3/theta.json").is_file()
+
+
+def given(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_start_flags(parser)
+    return parser.parse_args(flags)
 
 
 def test_what_cannot_be_is_refused(small_path: Path, tmp_path: Path) -> None:
@@ -302,7 +310,10 @@ def test_what_cannot_be_is_refused(small_path: Path, tmp_path: Path) -> None:
     refused("align_on=visual", select="maxmin", align_on="visual")
     for text in ("maxmin", "maxmin,maxmin"):
         with pytest.raises(SettingError, match="restarts_select"):
-            starts_of(None, text, None)
-    assert starts_of(None, None, None) == [{}]
-    assert len(starts_of("0,1;2", "maxmin,none", "3,4,none")) == 12
+            starts_of(given("--restarts-select", text))
+    assert starts_of(given()) == [{}]
+    assert (
+        len(starts_of(given("--restarts", "0,1;2", "--restarts-select", "maxmin,none", "--restarts-withdraw", "3,4")))
+        == 8
+    )
     assert set(NAMED) >= {"maxmin", "uniform"}

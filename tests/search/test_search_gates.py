@@ -12,9 +12,10 @@ from search_cases import kill_at, make_rules, make_settings, make_theta
 from eos_search.loop import Trainer
 from eos_search.main import main
 from eos_search.objective import Objective
-from eos_search.restarts import RESTARTS, parse_placements, run_restarts
+from eos_search.restarts import RESTARTS, run_restarts
 from eos_search.run import SearchResult, run_search
 from eos_search.run_folder import read_records
+from eos_search.starts import parse_placements
 from eos_search.theta import KINDS
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import read_profile

@@ -1,0 +1,100 @@
+"""What a comparison comes to: accuracy by method and cost, with intervals over questions and seeds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from eos_search.ablations.tables import result_rows
+from eos_search.accuracy import AVERAGE, RESAMPLES, Share, resampled_marks
+from eos_search.comparison.searches import GRADIENT
+from eos_search.discrimination import APART, WITHOUT
+from eos_search.scorers import scorer_of
+
+_Drawn = tuple[np.ndarray, np.ndarray]
+
+
+def by_method(result: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Share]]:
+    """Accuracy of each method at each cost: kinds, the mean without counting, and the mean, over its seeds.
+
+    The bootstrap draws images and seeds with replacement. Where not all seeds of a method can have a cost, it has none.
+    """
+    found = {}
+    for (method, cost), (values, drawn) in _drawn(result).items():
+        found[method, cost] = _shares(result, values, drawn)
+    return found
+
+
+def against_best(result: Mapping[str, Any], kind: str = AVERAGE) -> dict[int, tuple[str, Share]]:
+    """By cost: the opponent with the highest mean of ``kind``, and by how much the gradient search is above it.
+
+    Images are drawn for both alike, seeds apart.
+    """
+    every, shares = _drawn(result), by_method(result)
+    found = {}
+    for cost in sorted({cost for _, cost in every}, reverse=True):
+        others = {m: shares[m, c][kind].value for m, c in every if c == cost and m != GRADIENT}
+        if not others or (GRADIENT, cost) not in every:
+            continue
+        best = max(others, key=lambda method: others[method])
+        (ours, ours_drawn), (theirs, theirs_drawn) = every[GRADIENT, cost], every[best, cost]
+        found[cost] = best, _shares(result, ours - theirs, ours_drawn - theirs_drawn)[kind]
+    return found
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """Markdown: a table for each mean and kind, a row per method; and the gradient search against the best opponent."""
+    shares = by_method(result)
+    costs = sorted({cost for _, cost in shares}, reverse=True)
+    methods = list(dict.fromkeys(method for method, _ in shares))
+    kinds = list(next(iter(shares.values())))
+    parts = []
+    for kind in [*kinds[-2:], *kinds[:-2]]:
+        lines = [f"| {kind} | " + " | ".join(map(str, costs)) + " |", "| --- |" + " --- |" * len(costs)]
+        for method in methods:
+            cells = [str(shares[method, cost][kind]) if (method, cost) in shares else "-" for cost in costs]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    lines = ["| gradient minus the best opponent | " + " | ".join(map(str, costs)) + " |"]
+    lines.append("| --- |" + " --- |" * len(costs))
+    for kind in kinds[-2:]:
+        best = against_best(result, kind)
+        cells = [f"{best[cost][1]} {best[cost][0]}" if cost in best else "-" for cost in costs]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _drawn(result: Mapping[str, Any]) -> dict[tuple[str, int], _Drawn]:
+    """By method and cost: mean of each kind over seeds, and the same of each resample ``[RESAMPLES, kinds]``."""
+    rows, scorer = result_rows(result), scorer_of(result)
+    runs = {run["profile"]: run for run in result["runs"]}
+    seeds = {run["method"]: sum(other["method"] == run["method"] for other in runs.values()) for run in runs.values()}
+    cases: dict[tuple[str, int], list[_Drawn]] = {}
+    for case in result["cases"]:
+        if (run := runs.get(case["profile"])) is not None:
+            # The same seed of the bootstrap: the same images for all.
+            values, drawn = resampled_marks(rows, case["replies"], scorer)
+            cases.setdefault((run["method"], case["budget"]), []).append((values, drawn))
+    found = {}
+    for number, ((method, cost), each) in enumerate(cases.items()):
+        if len(each) < seeds[method]:
+            continue
+        draws = np.random.default_rng((1, number)).integers(len(each), size=(RESAMPLES, len(each)))
+        stacked = np.stack([drawn for _, drawn in each], axis=1)
+        picked = np.take_along_axis(stacked, draws[:, :, None], axis=1).mean(axis=1)
+        found[method, cost] = np.mean([values for values, _ in each], axis=0), picked
+    return found
+
+
+def _shares(result: Mapping[str, Any], values: np.ndarray, drawn: np.ndarray) -> dict[str, Share]:
+    rows = result_rows(result)
+    kinds = sorted({row.kind for row in rows})
+    columns: dict[str, Sequence[int]] = {kind: [k] for k, kind in enumerate(kinds)}
+    columns[WITHOUT] = [k for k, kind in enumerate(kinds) if kind != APART] or range(len(kinds))
+    columns[AVERAGE] = range(len(kinds))
+    found = {}
+    for name, which in columns.items():
+        low, high = np.nanpercentile(np.nanmean(drawn[:, which], axis=1), (2.5, 97.5))
+        asked = sum(row.kind in {kinds[k] for k in which} for row in rows)
+        found[name] = Share(float(np.mean(values[which])), float(low), float(high), asked)
+    return found
