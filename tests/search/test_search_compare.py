@@ -1,0 +1,162 @@
+"""Searches against opponents at equal cost: what runs, what it is judged on, and the bootstrap over seeds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from search_cases import make_settings
+
+from eos_search.accuracy import AVERAGE
+from eos_search.comparison.searches import Plan, at_reachable_costs
+from eos_search.comparison.summary import against_best, by_method, tables
+from eos_search.discrimination import WITHOUT
+from eos_search.main import main
+from eos_search.plots.comparison import comparison_figure
+from eos_search.raw import read_result
+from eos_vllm import profiles
+from eos_vllm.core.budget import kept_counts, layer_average
+from eos_vllm.core.errors import EosError, SettingError
+from eos_vllm.core.profile import read_profile
+
+COST = {
+    "select": "uniform", "budget": 12, "budget_measure": "layer_average", "constraint": "lagrangian", "steps": 2,
+    "placement": (1, 2), "serve_budgets": (20, 4),
+}  # fmt: skip
+
+
+def made(rights: dict[str, list[float]], kinds: tuple[str, ...] = ("counting", "presence")) -> dict[str, Any]:
+    """A result: for each run ``method-sSEED`` the share that it has right of each kind, of 40 images each."""
+    rows, cases, runs = [], [], []
+    for image in range(40):
+        for kind in kinds:
+            row = {"id": f"{image}-{kind}", "kind": kind, "form": "yes_no", "answer": "yes", "image": f"{image}.png"}
+            rows.append(row)
+    for profile, shares in rights.items():
+        replies = [
+            "yes" if int(row["id"].split("-")[0]) < 40 * shares[kinds.index(row["kind"])] else "no" for row in rows
+        ]
+        cases.append({"profile": profile, "budget": 64, "replies": replies})
+        method, seed = profile.rsplit("-s", 1)
+        runs.append({"profile": profile, "method": method, "seed": int(seed)})
+    return {"rows": rows, "cases": cases, "runs": runs, "scorer": "exact"}
+
+
+def test_means_are_over_seeds_and_kinds() -> None:
+    result = made({"gradient-s0": [0.5, 1.0], "gradient-s1": [0.7, 0.8], "random-s0": [0.5, 0.5]})
+    shares = by_method(result)["gradient", 64]
+    assert list(shares) == ["counting", "presence", WITHOUT, AVERAGE]
+    assert shares["counting"].value == pytest.approx(0.6)
+    assert shares[WITHOUT].value == pytest.approx(0.9)
+    assert shares[AVERAGE].value == pytest.approx(0.75)
+    assert shares[AVERAGE].questions == 80
+    assert shares[WITHOUT].questions == 40
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    same = by_method(made({f"gradient-s{s}": [0.5, 0.5] for s in range(3)}))["gradient", 64][AVERAGE]
+    other = by_method(made({f"gradient-s{s}": [0.5, x] for s, x in enumerate((0.2, 0.5, 0.8))}))["gradient", 64][
+        AVERAGE
+    ]
+    assert same.value == pytest.approx(other.value)
+    assert other.high - other.low > 1.3 * (same.high - same.low)
+
+
+def test_the_best_opponent_is_subtracted_with_the_same_images() -> None:
+    result = made({"gradient-s0": [0.5, 0.75], "random-s0": [0.5, 0.5], "tpe-s0": [0.5, 0.75]})
+    best, share = against_best(result)[64]
+    assert best == "tpe"
+    # The same answers on the same images: no interval is left.
+    assert (share.value, share.low, share.high) == pytest.approx((0, 0, 0))
+    best, share = against_best(made({"gradient-s0": [0.5, 1.0], "random-s0": [0.5, 0.5]}), WITHOUT)[64]
+    assert best == "random"
+    assert share.value == pytest.approx(0.5)
+    assert 0.3 < share.low < 0.5 < share.high < 0.7
+    assert against_best(made({"gradient-s0": [0.5, 1.0]})) == {}
+
+
+def test_a_method_without_one_of_its_seeds_at_a_cost_has_none() -> None:
+    result = made({"gradient-s0": [0.5, 1.0], "gradient-s1": [0.5, 1.0], "random-s0": [0.5, 0.5]})
+    result["cases"] = [case for case in result["cases"] if case["profile"] != "gradient-s1"]
+    assert set(by_method(result)) == {("random", 64)}
+
+
+def test_the_tables_and_the_figure_say_the_same() -> None:
+    result = made({"gradient-s0": [0.5, 1.0], "random-s0": [0.5, 0.5]})
+    text = tables(result)
+    assert "| gradient | 75.0 (" in text
+    assert "25.0 (" in text.splitlines()[-1]
+    assert text.splitlines()[-1].endswith(" random |")
+    _, data = comparison_figure(result)
+    assert data["panels"][AVERAGE][0]["points"][0]["value"] == pytest.approx(75)
+    assert np.isclose(data["panels"][WITHOUT][1]["points"][0]["value"], 50)
+
+
+def test_costs_that_layers_cannot_have_are_left_out() -> None:
+    priced, costs = at_reachable_costs(profiles.load("embedded-vscan"), (320, 128, 64))
+    assert costs == (320, 128, 64)
+    for cost in costs:
+        assert layer_average(priced, kept_counts(priced, cost)) == pytest.approx(cost, abs=0.5)
+    late = profiles.load("embedded-searched").model_copy(update={"schedules": {}})
+    data = late.to_dict()
+    data["budget"] = {"measure": "layer_average", "tokens": 300}
+    assert at_reachable_costs(late.model_validate(data), (320, 250, 64))[1] == (320, 250)
+
+
+def test_a_comparison_from_end_to_end(small_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Searches, opponents with as many CPU-seconds, the test split; with the same command nothing is done again."""
+    config, out = tmp_path / "config.json", tmp_path / "result.json"
+    config.write_text(json.dumps(make_settings(small_path, tmp_path / "unused", **COST).to_dict()))
+    argv = [
+        "compare", "--config", str(config), "--restarts-select", "uniform,maxmin", "--opponents", "random",
+        "--costs", "20,8", "--seeds", "0,1", "--judge-images", "2", "--images", "2", "--processes", "1",
+        "--runs", str(tmp_path / "runs"), "--out", str(out), "--figure", str(tmp_path / "figure.png"),
+    ]  # fmt: skip
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "| gradient | " in printed
+    assert "gradient minus the best opponent" in printed
+    result = read_result(out)
+    assert [run["profile"] for run in result["runs"]] == ["gradient-s0", "gradient-s1", "random-s0", "random-s1"]
+    spent = {run["profile"]: run["cpu_seconds"] for run in result["runs"]}
+    for seed in (0, 1):
+        assert spent[f"random-s{seed}"] >= spent[f"gradient-s{seed}"] > 0
+        told = read_profile(tmp_path / f"runs/random-s{seed}/theta.json").provenance
+        assert told["validation"]["source"] == "ClutterVQA validation"
+    assert result["benchmark"]["source"] == "ClutterVQA test"
+    for case in result["cases"][1:]:
+        assert case["layer_average"] == pytest.approx(case["budget"], abs=0.55)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("start-*/theta.json")}
+    assert len(before) == 4
+    assert main(argv) == 0
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("start-*/theta.json")} == before
+    assert main(["compare", "--table", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("| ")
+
+
+def test_what_would_not_be_fair_is_refused(small_path: Path, tmp_path: Path) -> None:
+    def plan(**changes: Any) -> Plan:
+        settings = make_settings(small_path, tmp_path / "unused", **(COST | changes)).to_dict()
+        return Plan(settings, [{}], ["random"], (20, 8), (0,), tmp_path / "runs")
+
+    plan().check()
+    with pytest.raises(SettingError, match="split=test: a search may not see it"):
+        plan(split="test").check()
+    with pytest.raises(SettingError, match="split=validation"):
+        plan(split="validation").check()
+    with pytest.raises(SettingError, match="budget_measure=final: costs are layer averages"):
+        plan(budget_measure="final").check()
+    with pytest.raises(EosError, match="--opponents=chance"):
+        main_error(["compare", "--opponents", "chance"])
+
+
+def main_error(argv: list[str]) -> None:
+    import argparse
+
+    from eos_search.compare_command import add_parser
+
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(argv)
+    args.run(args)
