@@ -231,6 +231,11 @@ class Reduction:
         tuple[torch.Tensor, torch.Tensor],
     ]
 
+    @property
+    def inside(self) -> int:
+        """Index of the reducer among those inside the decoder."""
+        return self.place - self.run.first
+
 
 def plan_steps(example: Prepared, plan: RequestPlan, rule: QueryRule) -> tuple[ReducerStep, ...]:
     """Layout of each reducer of a plan, for an example's prompt and answer."""

@@ -94,7 +94,9 @@ def _shares(result: Mapping[str, Any], values: np.ndarray, drawn: np.ndarray) ->
     columns[AVERAGE] = range(len(kinds))
     found = {}
     for name, which in columns.items():
-        low, high = np.nanpercentile(np.nanmean(drawn[:, which], axis=1), (2.5, 97.5))
+        # A resample of few images may lack a kind.
+        each = drawn[:, which[0]] if len(which) == 1 else np.nanmean(drawn[:, which], axis=1)
+        low, high = np.nanpercentile(each, (2.5, 97.5))
         asked = sum(row.kind in {kinds[k] for k in which} for row in rows)
         found[name] = Share(float(np.mean(values[which])), float(low), float(high), asked)
     return found

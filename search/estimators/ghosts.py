@@ -41,7 +41,7 @@ class Ghosts:
     def _begin(self, flow: Flow, did: Reduction, count: int, share: float) -> None:
         """A neighbour that leaves ``count`` tokens here: ``share`` of it per unit of the logarithm of the count."""
         steps, mark = did.run.steps_with(did.place, count), did.mark
-        hidden, source = did.again(steps[did.place], mark.entered, mark.hidden, mark.positions)
+        hidden, source = did.again(steps[did.inside], mark.entered, mark.hidden, mark.positions)
         tokens = len(did.run.example.embeddings)
         nothing = torch.zeros(tokens, dtype=torch.bool, device=hidden.device)
         neighbour = Neighbour(
@@ -66,7 +66,7 @@ class Ghosts:
             return rows[neighbour.positions]
 
         entered, hidden = together(mark.entered, neighbour.entered), together(mark.hidden, neighbour.hidden)
-        hidden, source = did.again(neighbour.steps[did.place], entered, hidden, neighbour.positions)
+        hidden, source = did.again(neighbour.steps[did.inside], entered, hidden, neighbour.positions)
         self._settle(flow, neighbour, hidden, neighbour.positions[source])
 
     def _settle(self, flow: Flow, neighbour: Neighbour, hidden: torch.Tensor, positions: torch.Tensor) -> None:

@@ -97,7 +97,7 @@ def test_a_withdrawal_and_a_selection_change_the_value(small: Small) -> None:
 def selected(exact: tuple[Any, Prepared]) -> tuple[Any, Prepared]:
     """The exact model, and its example with what the tower gave, all of it in float64."""
     model, _ = exact
-    return model, make_example((model, _processor(model)), make_row(4), rules_with())
+    return model, make_example((model, _processor(model)), make_row(4), rules_with(queries="all_text"))
 
 
 def _processor(model: Any) -> Any:
@@ -114,12 +114,11 @@ def loss_of(model: Any, example: Prepared, table: torch.Tensor, rules: Rules, **
 
 
 def test_the_operator_before_the_decoder_has_the_derivative_of_the_value(selected: tuple[Any, Prepared]) -> None:
-    rules, theta = rules_with("mmr", 4), make_theta({BEFORE: 0.4, 2: 0.5})
+    rules, theta = rules_with("rarity", 4, queries="all_text"), make_theta({BEFORE: 0.4, 2: 0.5})
     model, example = selected
     table = theta().table.detach().requires_grad_()
     loss_of(model, example, table, rules, keep=keep_estimator("eq12", 0.0)).backward()
     assert table.grad is not None
-    assert table.grad[BEFORE, KINDS.index("gate")].item() == 0 or not theta().gate[BEFORE].requires_grad
     step = 1e-5
     for layer in (BEFORE, 2):
         for kind in SMOOTH:
@@ -140,7 +139,7 @@ def test_the_count_before_the_decoder_is_measured_whatever_the_estimator(
     selected: tuple[Any, Prepared], name: Any
 ) -> None:
     """Differences of whole hard passes, whose counts are written down here."""
-    rules, theta, width = rules_with(), make_theta({BEFORE: 0.4, 2: 0.5}), 0.2
+    rules, theta, width = rules_with(queries="all_text"), make_theta({BEFORE: 0.4, 2: 0.5}), 0.2
     model, example = selected
     values = theta()
     structure = read_structure(values, rules)
@@ -210,21 +209,36 @@ def test_tokens_left_are_the_cost_of_the_profile(measure: SearchMeasure, withdra
 @pytest.mark.parametrize(("before", "withdraw"), [(True, None), (True, 4), (False, 4)])
 @pytest.mark.parametrize("measure", ["final", "layer_average", "flops"])
 def test_the_start_meets_the_budget(before: bool, withdraw: int | None, measure: SearchMeasure) -> None:
+    budget = 100 if before else 280  # two layers of six see all tokens
     values = start_values(
-        "warm", 6, 576, 100, 3, (1, 2), measure, crossover=500 if measure == "flops" else None, before=before,
+        "warm", 6, 576, budget, 3, (1, 2), measure, crossover=500 if measure == "flops" else None, before=before,
         withdraw=withdraw,
     )  # fmt: skip
     theta = Theta.from_values(values, before=before)
     rules = rules_with("maxmin" if before else None, withdraw, visual=576)
-    objective = Objective(100, 3, 576, (), budget_measure=measure, crossover=500, withdraw=withdraw)
+    objective = Objective(budget, 3, 576, (), budget_measure=measure, crossover=500, withdraw=withdraw)
     found = theta()
     assert found.depth == 6
-    assert tokens_left(objective, found, acting_of(found, rules)).item() == pytest.approx(100, rel=1e-4)
+    assert tokens_left(objective, found, acting_of(found, rules)).item() == pytest.approx(budget, rel=1e-4)
     with torch.no_grad():
         theta.raw[:, KINDS.index("discard")] += 1
     assert project(theta, objective, rules, 1.0)
     moved = theta()
-    assert tokens_left(objective, moved, acting_of(moved, rules)).item() == pytest.approx(100, rel=1e-4)
+    assert tokens_left(objective, moved, acting_of(moved, rules)).item() == pytest.approx(budget, rel=1e-4)
+
+
+def test_the_gate_before_the_decoder_is_fixed() -> None:
+    theta = make_theta({BEFORE: 0.4, 2: 0.5})
+    theta().table.sum().backward()
+    assert theta().gate[BEFORE].item() == 1
+    assert theta().gate[LAYERS - 1].item() == 0
+    assert theta.raw.grad is not None
+    learns = theta.raw.grad != 0
+    gate = KINDS.index("gate")
+    assert not learns[BEFORE, gate]
+    assert not learns[LAYERS - 1, gate]
+    assert learns[BEFORE].sum() == len(KINDS) - 1
+    assert learns[2].all()
 
 
 def test_gates_behind_a_withdrawal_are_no_places() -> None:
@@ -303,11 +317,11 @@ def test_what_cannot_be_is_refused(small_path: Path, tmp_path: Path) -> None:
         with pytest.raises(SettingError, match=match):
             run_search(make_settings(small_path, tmp_path / "run", **changes), quiet=True)
 
-    refused("select=resize: no selector has this name: choose from uniform", select="resize")
+    refused("select='resize': no selector has this name; choose from uniform", select="resize")
     refused(r"withdraw=5: of 6 layers, 4 is the last", withdraw=5)
     refused("max_reducers=3: there are 2 places", withdraw=2, placement=(0, 1))
     refused(r"placement=.*images are withdrawn behind layer 4", withdraw=4)
-    refused("align_on=visual", select="maxmin", align_on="visual")
+    refused("align_on='visual'", select="maxmin", align_on="visual")
     for text in ("maxmin", "maxmin,maxmin"):
         with pytest.raises(SettingError, match="restarts_select"):
             starts_of(given("--restarts-select", text))
