@@ -53,7 +53,8 @@ def reducer_lines(profile: Profile) -> list[str]:
             f"gamma {reducer.gamma:.3f}  tau {reducer.tau:.3f}  theta {reducer.theta:+.3f}  rho {reducer.rho:.3f}  "
             f"nu {reducer.nu:.3f}"
         )
-        lines.append(line if profile.before is not reducer else f"{line}  chosen by {profile.selector.rule}")
+        chosen = profile.selector if reducer is profile.before else None
+        lines.append(line if chosen is None else f"{line}  chosen by {chosen.rule}")
     return lines
 
 

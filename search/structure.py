@@ -4,6 +4,7 @@ The search asks here before every forward pass, and the export asks here in the 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -137,7 +138,7 @@ def _reducer(layer: int, row: list[float], rules: Rules) -> Reducer:
 
 def _profile(rows: list[list[float]], acting: tuple[int, ...], rules: Rules) -> Profile:
     """The counts of Eq. 11 are written down as the schedule of the budget that they end in: plans follow them."""
-    data = {
+    data: dict[str, Any] = {
         "schema": SCHEMA,
         "name": "search",
         "model": rules.model.model_dump(),

@@ -24,7 +24,7 @@ def comparison_figure(result: Mapping[str, Any]) -> tuple[Figure, dict[str, Any]
     columns = 4
     figure, axes = panels(-(-len(order) // columns), columns)
     data: dict[str, Any] = {"figure": "comparison", "panels": {}}
-    whole = next((case["accuracy"] for case in result["cases"] if case["profile"] == STOCK), {})
+    whole: Mapping[str, Any] = next((case["accuracy"] for case in result["cases"] if case["profile"] == STOCK), {})
     for axis, kind in zip(axes, order, strict=False):
         lines = [
             Line(

@@ -34,7 +34,7 @@ def test_run_writes_a_profile(small_path: Path, tmp_path: Path, capsys: pytest.C
         ([], "model='nothing': Field required"),
         (["--model", "x"], "output='nothing': Field required"),
         (["--model", "x", "--output", "y", "--budget", "none"], "budget='none'"),
-        (["--config", "no-such"], "config='no-such': it cannot be read.*embedded, llava-1.5-7b"),
+        (["--config", "no-such"], "config='no-such': it cannot be read.*embedded, embedded-cost, llava-1.5-7b"),
     ],
 )
 def test_mistakes_are_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
