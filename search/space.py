@@ -27,9 +27,9 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
         raise SettingError("withdraw", settings.withdraw, problem, f"give 1 to {depth - 2}")
     places = depth - 1 if settings.withdraw is None else settings.withdraw
     if settings.max_reducers > places:
-        problem = f"there are {places} places for reducers in {depth} layers"
+        problem = f"a model of {depth} layers has {places} places for reducers"
         if settings.withdraw is not None:
-            problem += f", {settings.withdraw} of which withdraws"
+            problem += f" in front of layer {settings.withdraw}, which withdraws"
         raise SettingError("max_reducers", settings.max_reducers, problem, f"give 1 to {places}")
     if settings.select is not None and settings.align_on == "visual":
         problem = "visual states behind a selection have no counterpart in the unreduced model"

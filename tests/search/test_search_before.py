@@ -319,7 +319,7 @@ def test_what_cannot_be_is_refused(small_path: Path, tmp_path: Path) -> None:
 
     refused("select='resize': no selector has this name; choose from uniform", select="resize")
     refused(r"withdraw=5: of 6 layers, 4 is the last", withdraw=5)
-    refused("max_reducers=3: there are 2 places", withdraw=2, placement=(0, 1))
+    refused("max_reducers=3: a model of 6 layers has 2 places", withdraw=2, placement=(0, 1))
     refused(r"placement=.*images are withdrawn behind layer 4", withdraw=4)
     refused("align_on='visual'", select="maxmin", align_on="visual")
     for text in ("maxmin", "maxmin,maxmin"):

@@ -110,7 +110,7 @@ def test_a_comparison_from_end_to_end(small_path: Path, tmp_path: Path, capsys: 
     config.write_text(json.dumps(make_settings(small_path, tmp_path / "unused", **COST).to_dict()))
     argv = [
         "compare", "--config", str(config), "--restarts-select", "uniform,maxmin", "--opponents", "random",
-        "--costs", "20,8", "--seeds", "0,1", "--judge-images", "2", "--images", "2", "--processes", "1",
+        "--costs", "20,8", "--seeds", "0", "--judge-images", "1", "--images", "2", "--processes", "1",
         "--runs", str(tmp_path / "runs"), "--out", str(out), "--figure", str(tmp_path / "figure.png"),
     ]  # fmt: skip
     assert main(argv) == 0
@@ -118,17 +118,16 @@ def test_a_comparison_from_end_to_end(small_path: Path, tmp_path: Path, capsys: 
     assert "| gradient | " in printed
     assert "gradient minus the best opponent" in printed
     result = read_result(out)
-    assert [run["profile"] for run in result["runs"]] == ["gradient-s0", "gradient-s1", "random-s0", "random-s1"]
+    assert [run["profile"] for run in result["runs"]] == ["gradient-s0", "random-s0"]
     spent = {run["profile"]: run["cpu_seconds"] for run in result["runs"]}
-    for seed in (0, 1):
-        assert spent[f"random-s{seed}"] >= spent[f"gradient-s{seed}"] > 0
-        told = read_profile(tmp_path / f"runs/random-s{seed}/theta.json").provenance
-        assert told["validation"]["source"] == "ClutterVQA validation"
+    assert spent["random-s0"] >= spent["gradient-s0"] > 0
+    told = read_profile(tmp_path / "runs/random-s0/theta.json").provenance
+    assert told["validation"]["source"] == "ClutterVQA validation"
     assert result["benchmark"]["source"] == "ClutterVQA test"
     for case in result["cases"][1:]:
         assert case["layer_average"] == pytest.approx(case["budget"], abs=0.55)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("start-*/theta.json")}
-    assert len(before) == 4
+    assert len(before) == 2
     assert main(argv) == 0
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("start-*/theta.json")} == before
     assert main(["compare", "--table", str(out)]) == 0
