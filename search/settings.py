@@ -90,7 +90,7 @@ class SearchSettings(BaseModel):
     norm: Literal["token", "frobenius"] = Field("token", description="norm that nu preserves")
     gate_sharpness: float = Field(10.0, gt=0, le=1e6, description="beta of Eq. 4")
     boundary_sharpness: float = Field(10.0, ge=0, le=1e6, description="alpha of Eq. 12, scores in units of their mean")
-    keep_estimator: KeepName = Field("eq12", description="how the loss learns what counts do to it")
+    keep_estimator: KeepName = Field("ghosts", description="how the loss learns what counts do to it")
     keep_width: float = Field(0.1, gt=0, lt=1, description="how far ghosts and differences look, as a share of a count")
     keep_every: int = Field(1, ge=1, description="differences are measured at every so many rows")
 

@@ -128,6 +128,6 @@ def test_table_5_is_in_the_papers_config() -> None:
     assert (paper.placement, paper.max_reducers, paper.align_layers) == ((2, 6, 15), 3, (4, 8, 12, 16, 20, 24, 28))
     assert paper.samples == 50_000
     # docs/search.md has the reason of each.
-    assert set(ours.differences(paper)) == {"name", "learning_rate", "gate_rate", "budget_gates"}
+    assert set(ours.differences(paper)) == {"name", "learning_rate", "gate_rate", "budget_gates", "keep_estimator"}
     for settings in (paper, ours):
         assert settings.output == Path("runs") / (PAPER if settings is paper else OURS)
