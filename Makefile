@@ -207,7 +207,7 @@ soak: setup
 
 # 10,000 requests to two replicas of the embedded model behind vLLM's router, and a quarter of them to stock's.
 soak-replicas: setup
-	$(BIN)/python -m loadtests.soak --requests 10000 --replicas 2 --aborted 0.3 --out results/soak-two-replicas.json
+	$(BIN)/python -m loadtests.soak --requests 11000 --replicas 2 --aborted 0.33 --out results/soak-two-replicas.json
 	$(BIN)/python -m loadtests.soak_chart results/soak-two-replicas.json docs/soak.png
 
 # Two replicas of the embedded model, vLLM's router and Prometheus, as processes: http://127.0.0.1:8100/v1.

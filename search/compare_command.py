@@ -64,6 +64,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _seeds(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise EosError("--seeds", text, "these are no seeds", "give whole numbers, such as 0,1,2")
+    return tuple(map(int, parts))
+
+
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """The raw result: an evaluation, with ``runs`` that say which search found which profile."""
     from eos_search.comparison.searches import Plan, run_searches
@@ -77,7 +84,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         starts=starts_of(args),
         opponents=opponents,  # type: ignore[arg-type]
         costs=tuple(parse_tokens(cost, "--costs") for cost in args.costs.split(",")),
-        seeds=tuple(int(seed) for seed in args.seeds.split(",")),
+        seeds=_seeds(args.seeds),
         out=args.runs,
         images=args.judge_images,
     )

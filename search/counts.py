@@ -17,6 +17,8 @@ from eos_search.theta import ThetaValues
 # Powers beyond this leave nothing of any share.
 _STEEPEST = 1 << 20
 _HALVINGS = 50
+# Estimators divide by shares, and those of a cost that layers cannot have would be 0.
+_LEAST_SHARE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def soft_counts(values: ThetaValues, structure: Structure, rules: Rules) -> Soft
     if structure.budget is not None and acting:
         own = own * _power(own, structure, rules, values.depth)
     logs = math.log(total) + own.cumsum(dim=0)
-    return SoftCounts(logs.clamp(min=math.log(min(rules.minimum, total))), own.exp())
+    return SoftCounts(logs.clamp(min=math.log(min(rules.minimum, total))), own.exp().clamp(min=_LEAST_SHARE))
 
 
 def _power(own: torch.Tensor, structure: Structure, rules: Rules, depth: int) -> torch.Tensor | float:

@@ -31,8 +31,9 @@ def searched_profile(theta: Theta, rules: Rules, name: str, provenance: dict[str
         SettingError: no gate is above the threshold.
     """
     values = theta()
-    profile = read_structure(values, rules).profile
-    if profile is None:
+    structure = read_structure(values, rules)
+    profile = structure.profile
+    if profile is None or not structure.acting:
         highest = max(values.gate.tolist()[: values.depth - 1])
         problem = f"the highest gate is {highest:.3f}: no layer reduces, and there is nothing to serve"
         remedy = "raise lambda_budget, lower lambda_align, or lower the threshold"

@@ -57,20 +57,29 @@ def model_sizes(name: str) -> ModelGeometry:
     return sizes
 
 
-def load_frozen(settings: SearchSettings, device: torch.device) -> Frozen:
-    """Loads the model of a search onto a device.
+def model_spec(settings: SearchSettings) -> ModelSpec:
+    """What a searched profile says about its model, whose weights are not loaded for it.
 
     Raises:
-        EosError: no such directory, no LLaVA, or a language model whose attention is built otherwise.
+        EosError: as :func:`model_sizes`.
     """
-    path, sizes = model_path(settings.model), model_sizes(settings.model)
-    spec = ModelSpec(
+    sizes = model_sizes(settings.model)
+    return ModelSpec(
         architecture=sizes.architecture,
         num_decoder_layers=sizes.num_decoder_layers,
         visual_tokens=sizes.visual_tokens,
         # Only where the budget is counted so: profiles of other searches say no more than they need.
         flops_crossover=flops_crossover(sizes) if settings.budget_measure == "flops" else None,
     )
+
+
+def load_frozen(settings: SearchSettings, device: torch.device) -> Frozen:
+    """Loads the model of a search onto a device.
+
+    Raises:
+        EosError: no such directory, no LLaVA, or a language model whose attention is built otherwise.
+    """
+    path, spec = model_path(settings.model), model_spec(settings)
     wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtype = wanted.get(settings.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
     disable_progress_bar()

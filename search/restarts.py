@@ -8,9 +8,11 @@ from typing import Any
 from accelerate import PartialState
 
 from eos_search.export import FINAL_STEPS, final_terms, write_json
+from eos_search.frozen import model_spec
 from eos_search.run import SearchResult, run_search
 from eos_search.run_folder import SETTINGS, THETA, RunFolder, read_records
 from eos_search.settings import SearchSettings, read_settings
+from eos_search.space import search_space
 from eos_search.starts import Start, folder_of
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import read_profile
@@ -48,6 +50,8 @@ def run_restarts(
         (name := folder_of(start), read_settings({**settings.to_dict(), **start, "output": settings.output / name}))
         for start in starts
     ]
+    for _, own in every:
+        search_space(own, model_spec(own))  # refuses a start that cannot be before any has searched for hours
     for start, (name, own) in zip(starts, every, strict=True):
         end: dict[str, Any] = {field: getattr(own, field) for field in start} | {"folder": name}
         try:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from eos_search.data import Data
 from eos_search.export import write_json
 from eos_search.settings import SearchSettings, read_settings
 from eos_vllm.core.errors import SettingError
+from eos_vllm.core.profile import BEFORE
 
 RECORDS = "log.jsonl"
 SETTINGS = "settings.json"
@@ -22,6 +24,11 @@ THETA = "theta.json"
 RUN = "run.json"
 _CHECKPOINTS = "checkpoints"
 _KEPT = 2
+
+
+def layers_of(rows: int, acting: Sequence[int]) -> list[int]:
+    """The layer of each row of recorded values: the last is -1 where a reducer acts before the decoder."""
+    return [*range(rows - 1), BEFORE] if BEFORE in acting else list(range(rows))
 
 
 class RunFolder:
@@ -113,7 +120,7 @@ class RunFolder:
         for name, value in record["terms"].items():
             self._board.add_scalar(f"terms/{name}", value, record["step"])
         for kind, column in record.get("values", {}).items():
-            for layer, value in enumerate(column):
+            for layer, value in zip(layers_of(len(column), record["acting"]), column, strict=True):
                 self._board.add_scalar(f"{kind}/layer{layer:02d}", value, record["step"])
 
     def close(self) -> None:

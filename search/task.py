@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from eos_search.data import Data
+from eos_search.estimators.differences import Differences
 from eos_search.examples import Broken, Encoded, Encoder, Prepared, prepare
 from eos_search.flow import straight
 from eos_search.objective import Objective, TaskTerms, reference_rows, task_terms
@@ -66,7 +67,7 @@ def example_terms(
             return task_terms(objective, other.run.example, other, reference, answers).total.item()
 
     slopes = model.keep.slopes(run, row, loss)
-    if slopes is None and structure.before:
+    if slopes is None and structure.before and not isinstance(model.keep, Differences):
         # Positions follow the count there, so that no token comes or goes alone: differences are the only estimator.
         slopes = model.before.slopes(run, row, loss, places=(0,))
     if slopes is None:

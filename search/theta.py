@@ -74,17 +74,28 @@ class ThetaValues:
 
 
 class Theta(nn.Module):
-    """The search variables: ``raw`` ``[L, 7]``; called, they are mapped to their ranges.
+    """The search variables ``raw`` ``[L, 7]``, a row more with a reducer before the decoder; called, they are mapped to
+    their ranges.
 
     The last decoder layer has parameters but is no place for a reducer, which would change nothing there: its gate is
-    fixed at 0, so that none of its parameters gets a gradient. That of a reducer before the decoder, if there is a row
-    for one, is fixed at 1: how much it keeps is for its discard to say.
+    fixed at 0, so that none of its parameters gets a gradient. So are gates behind a withdrawal. That of a reducer
+    before the decoder is fixed at 1: how much it keeps is for its discard to say.
     """
 
-    def __init__(self, raw: torch.Tensor, ranges: Ranges | None = None, before: bool = False) -> None:
-        """``raw`` are the unconstrained numbers, taken as float64; rows as in :class:`ThetaValues`."""
+    def __init__(
+        self, raw: torch.Tensor, ranges: Ranges | None = None, before: bool = False, places: int | None = None
+    ) -> None:
+        """Theta at a point.
+
+        Args:
+            raw: the unconstrained numbers, taken as float64; rows as in :class:`ThetaValues`.
+            ranges: constants of their maps.
+            before: whether the last row is of a reducer before the decoder.
+            places: so many of the first layers may reduce; all but the last where None.
+        """
         super().__init__()
         self.before = before
+        self.places = len(raw) - before - 1 if places is None else places
         self.raw = nn.Parameter(raw.detach().double().clone())
         self.ranges = ranges or Ranges()
         # Tg of the moment; a schedule may lead up to that of the ranges.
@@ -92,7 +103,12 @@ class Theta(nn.Module):
 
     @classmethod
     def from_values(
-        cls, values: torch.Tensor, ranges: Ranges | None = None, gate_scale: float | None = None, before: bool = False
+        cls,
+        values: torch.Tensor,
+        ranges: Ranges | None = None,
+        gate_scale: float | None = None,
+        before: bool = False,
+        places: int | None = None,
     ) -> Self:
         """Theta whose mapped values are ``values`` ``[L, 7]``; 0, 1 and the like are moved inside the open ranges.
 
@@ -101,6 +117,7 @@ class Theta(nn.Module):
             ranges: their constants.
             gate_scale: Tg at which the gates have these values; that of ``ranges`` where left out.
             before: whether the last row is of a reducer before the decoder.
+            places: so many of the first layers may reduce.
         """
         ranges = ranges or Ranges()
         gate_scale = gate_scale or ranges.gate_scale
@@ -112,7 +129,7 @@ class Theta(nn.Module):
         raw["theta"] = ((columns["theta"] + 1) / 2).clamp(1e-6, 1 - 1e-6).logit()
         positive = (columns["tau"] - ranges.epsilon).clamp(min=1e-6)
         raw["tau"] = positive + torch.log(-torch.expm1(-positive))
-        theta = cls(torch.stack([raw[kind] for kind in KINDS], dim=1), ranges, before)
+        theta = cls(torch.stack([raw[kind] for kind in KINDS], dim=1), ranges, before, places)
         theta.gate_scale = gate_scale
         return theta
 
@@ -120,7 +137,7 @@ class Theta(nn.Module):
         """Eq. 10."""
         raw = dict(zip(KINDS, self.raw.unbind(dim=1), strict=True))
         is_place, fixed = torch.ones_like(raw["gate"]), torch.zeros_like(raw["gate"])
-        is_place[len(is_place) - self.before - 1 :] = 0.0
+        is_place[self.places :] = 0.0
         fixed[len(fixed) - self.before :] = 1.0
         mapped = {
             "gate": torch.sigmoid(raw["gate"] * self.gate_scale) * is_place + fixed,
@@ -183,18 +200,18 @@ def start_values(
         SettingError: a placement that is empty, too long, out of range, or not ascending; a layer average that it
             cannot reach.
     """
-    layers, places = list(placement), depth - 1
+    layers, places = list(placement), depth - 1 if withdraw is None else withdraw
     if not 1 <= len(layers) <= max_reducers:
         problem = f"{len(layers)} layers active at the start, of max_reducers={max_reducers}"
         raise SettingError("placement", layers, problem, "give at least 1 and at most max_reducers")
+    if withdraw is not None and max(layers, default=0) >= withdraw:
+        remedy = f"give layers below {withdraw}, or withdraw later"
+        raise SettingError("placement", layers, f"images are withdrawn behind layer {withdraw}", remedy)
     if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= places:
         remedy = f"give ascending layers in 0..{places - 1}; behind the last layer nothing is left to reduce"
         raise SettingError("placement", layers, f"these are no places of a model of {depth} layers", remedy)
     left = max_reducers - gate_on * len(layers)
     off = min(gate_off, left / (places - len(layers))) if places > len(layers) else 0.0
-    if withdraw is not None and layers[-1] >= withdraw:
-        remedy = f"give layers below {withdraw}, or withdraw later"
-        raise SettingError("placement", layers, f"images are withdrawn behind layer {withdraw}", remedy)
     if measure == "final" and not before:
         discard = min((1 - (budget / visual_tokens) ** (1 / len(layers))) / gate_on, _MOST)
     else:

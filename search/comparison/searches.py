@@ -1,5 +1,6 @@
 """The searches of a comparison: by gradients, and then each opponent with the CPU-seconds that those took."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,9 +13,10 @@ from eos_search.opponents.base import Method
 from eos_search.opponents.contest import run_opponent
 from eos_search.opponents.costs import at_costs, nearest_counts
 from eos_search.opponents.judge import Budget
-from eos_search.opponents.settings import SPLIT, OpponentSettings
+from eos_search.opponents.settings import DEFAULT_SELECTORS, SPLIT, OpponentSettings
+from eos_search.raw import digest
 from eos_search.restarts import run_restarts
-from eos_search.run_folder import SETTINGS
+from eos_search.run_folder import SETTINGS, THETA
 from eos_search.settings import SearchSettings, read_settings
 from eos_search.spent import seconds_of
 from eos_search.starts import Start
@@ -29,14 +31,13 @@ class Plan:
     """What is compared.
 
     Attributes:
-        config: settings of the gradient search, but for seed, name and output.
+        config: settings of the gradient search, but for seed, name, output, and the budgets that it serves: the costs.
         starts: that it begins from; the end with the lowest loss is taken, and the time of all of them counts.
         opponents: who searches as long.
         costs: layer averages in tokens.
         seeds: of every search.
         out: folder of all of it.
         images: validation images on which opponents judge in the end.
-        max_reducers: of random search and TPE, one before the decoder included.
     """
 
     config: Mapping[str, Any]
@@ -46,12 +47,12 @@ class Plan:
     seeds: tuple[int, ...]
     out: Path
     images: int = 72
-    max_reducers: int = 4
 
     def gradient(self, seed: int) -> SearchSettings:
         """Settings of the gradient search of a seed."""
         name = f"{GRADIENT}-s{seed}"
-        return read_settings({**self.config, "seed": seed, "name": name, "output": self.out / name, "device": "cpu"})
+        own = {"seed": seed, "name": name, "output": self.out / name, "device": "cpu", "serve_budgets": self.costs}
+        return read_settings({**self.config, **own})
 
     def check(self) -> None:
         """Refuses what would only fail after hours.
@@ -76,6 +77,8 @@ class Plan:
     def opponent(self, method: Method, seed: int, seconds: float) -> OpponentSettings:
         """Settings of an opponent."""
         settings = self.gradient(seed)
+        asked = {start.get("select", settings.select) for start in self.starts}
+        selectors = {str(name) for name in asked - {None, "none"}}
         return OpponentSettings(
             method=method,
             costs=self.costs,
@@ -85,7 +88,9 @@ class Plan:
             name=f"{method}-s{seed}",
             images=self.images,
             first_images=min(8, self.images),
-            max_reducers=self.max_reducers,
+            # One before the decoder is one more than C.
+            max_reducers=settings.max_reducers + bool(selectors),
+            selectors=(*DEFAULT_SELECTORS, *sorted(selectors - set(DEFAULT_SELECTORS))),
             benchmark_version=settings.benchmark_version,
         )
 
@@ -112,6 +117,7 @@ class Found:
         """Plain data for a raw result."""
         return {
             "profile": self.profile.name,
+            "does": digest(self.profile),
             "method": self.method,
             "seed": self.seed,
             "layers": [reducer.layer for reducer in self.profile.reducers],
@@ -141,8 +147,7 @@ def run_searches(plan: Plan, processes: int | None, say: Callable[[str], Any]) -
             settings = plan.opponent(method, seed, seconds)
             folder = plan.out / settings.name
             say(f"{settings.name}: {seconds:.0f} CPU-seconds")
-            result = run_opponent(settings, folder, (folder / SETTINGS).exists(), processes)
-            yield _found(method, seed, result.profile, plan, seconds_of(folder))
+            yield _found(method, seed, _opponent(settings, folder, processes), plan, seconds_of(folder))
 
 
 def _gradient_searches(plan: Plan, processes: int | None, say: Callable[[str], Any]) -> Iterator[Profile]:
@@ -160,10 +165,19 @@ def _gradient_searches(plan: Plan, processes: int | None, say: Callable[[str], A
 
 
 def _search(settings: SearchSettings, starts: Sequence[Start]) -> Profile:
-    theta: Path = settings.output / "theta.json"
-    if theta.exists():
-        return read_profile(theta)
+    # What has ended is checked against these settings, and not searched again.
     return run_restarts(settings, starts, resume=True, quiet=True).profile
+
+
+def _opponent(settings: OpponentSettings, folder: Path, processes: int | None) -> Profile:
+    if not (folder / THETA).exists():
+        return run_opponent(settings, folder, (folder / SETTINGS).exists(), processes).profile
+    held = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    for name, value in settings.to_dict().items():
+        if held.get(name) != value:
+            problem = f"the search in {folder} has {held.get(name)!r}"
+            raise SettingError(name, value, problem, "give the same settings, or another --runs")
+    return read_profile(folder / THETA)
 
 
 def _found(method: str, seed: int, profile: Profile, plan: Plan, seconds: float) -> Found:

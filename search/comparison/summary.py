@@ -19,10 +19,7 @@ def by_method(result: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Shar
 
     The bootstrap draws images and seeds with replacement. Where not all seeds of a method can have a cost, it has none.
     """
-    found = {}
-    for (method, cost), (values, drawn) in _drawn(result).items():
-        found[method, cost] = _shares(result, values, drawn)
-    return found
+    return {case: _shares(result, *drawn) for case, drawn in _drawn(result).items()}
 
 
 def against_best(result: Mapping[str, Any], kind: str = AVERAGE) -> dict[int, tuple[str, Share]]:
@@ -30,7 +27,13 @@ def against_best(result: Mapping[str, Any], kind: str = AVERAGE) -> dict[int, tu
 
     Images are drawn for both alike, seeds apart.
     """
-    every, shares = _drawn(result), by_method(result)
+    return _against_best(result, _drawn(result), kind)
+
+
+def _against_best(
+    result: Mapping[str, Any], every: Mapping[tuple[str, int], _Drawn], kind: str
+) -> dict[int, tuple[str, Share]]:
+    shares = {case: _shares(result, *drawn) for case, drawn in every.items()}
     found = {}
     for cost in sorted({cost for _, cost in every}, reverse=True):
         others = {m: shares[m, c][kind].value for m, c in every if c == cost and m != GRADIENT}
@@ -44,7 +47,8 @@ def against_best(result: Mapping[str, Any], kind: str = AVERAGE) -> dict[int, tu
 
 def tables(result: Mapping[str, Any]) -> str:
     """Markdown: a table for each mean and kind, a row per method; and the gradient search against the best opponent."""
-    shares = by_method(result)
+    every = _drawn(result)
+    shares = {case: _shares(result, *drawn) for case, drawn in every.items()}
     costs = sorted({cost for _, cost in shares}, reverse=True)
     methods = list(dict.fromkeys(method for method, _ in shares))
     kinds = list(next(iter(shares.values())))
@@ -58,7 +62,7 @@ def tables(result: Mapping[str, Any]) -> str:
     lines = ["| gradient minus the best opponent | " + " | ".join(map(str, costs)) + " |"]
     lines.append("| --- |" + " --- |" * len(costs))
     for kind in kinds[-2:]:
-        best = against_best(result, kind)
+        best = _against_best(result, every, kind)
         cells = [f"{best[cost][1]} {best[cost][0]}" if cost in best else "-" for cost in costs]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n\n".join([*parts, "\n".join(lines)])
@@ -67,17 +71,17 @@ def tables(result: Mapping[str, Any]) -> str:
 def _drawn(result: Mapping[str, Any]) -> dict[tuple[str, int], _Drawn]:
     """By method and cost: mean of each kind over seeds, and the same of each resample ``[RESAMPLES, kinds]``."""
     rows, scorer = result_rows(result), scorer_of(result)
-    runs = {run["profile"]: run for run in result["runs"]}
+    runs = {(run["profile"], run["does"]): run for run in result["runs"]}
     seeds = {run["method"]: sum(other["method"] == run["method"] for other in runs.values()) for run in runs.values()}
     cases: dict[tuple[str, int], list[_Drawn]] = {}
     for case in result["cases"]:
-        if (run := runs.get(case["profile"])) is not None:
+        if (run := runs.get((case["profile"], case["does"]))) is not None:
             # The same seed of the bootstrap: the same images for all.
             values, drawn = resampled_marks(rows, case["replies"], scorer)
             cases.setdefault((run["method"], case["budget"]), []).append((values, drawn))
     found = {}
     for number, ((method, cost), each) in enumerate(cases.items()):
-        if len(each) < seeds[method]:
+        if len(each) != seeds[method]:
             continue
         draws = np.random.default_rng((1, number)).integers(len(each), size=(RESAMPLES, len(each)))
         stacked = np.stack([drawn for _, drawn in each], axis=1)

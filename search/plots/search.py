@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from eos_search.plots.canvas import MARKS, panels
+from eos_search.run_folder import layers_of
 from eos_search.theta import KINDS, Kind
 from eos_vllm.core.budget import kept_counts, layer_average, own_budget, plain, segment_tokens
 from eos_vllm.core.errors import EosError
@@ -50,7 +51,7 @@ def search_figure(records: Sequence[Mapping[str, Any]]) -> tuple[Figure, dict[st
     for kind, by_layer, over_steps in zip(_SHOWN, axes[: len(_SHOWN)], axes[len(_SHOWN) :], strict=True):
         lines = data["values"][kind]
         last = [line[-1] for line in lines]
-        layers = [layer - len(last) if layer - len(last) in colours else layer for layer in range(len(last))]
+        layers = layers_of(len(last), data["acting"])
         by_layer.bar(layers, last, color=[colours.get(layer, _IDLE) for layer in layers])
         title = f"{kind} by layer at step {data['steps'][-1]} (grey: doesn't act)"
         by_layer.set(title=title, xlabel="decoder layer", ylabel=kind)

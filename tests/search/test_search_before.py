@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from eos_search.measures import SearchMeasure
 from eos_search.objective import Objective, penalties, reference_rows, task_terms, tokens_left
 from eos_search.reference import ReferenceModel
 from eos_search.relaxed import Relaxation, RelaxedModel
-from eos_search.restarts import RESTARTS
+from eos_search.restarts import RESTARTS, run_restarts
 from eos_search.run import run_search
 from eos_search.run_folder import read_records
 from eos_search.selectors import NAMED, named_selector
@@ -62,7 +63,8 @@ def test_the_value_is_the_reference_at_the_exported_profile(
     values = theta()
     structure = read_structure(values, rules)
     output = RelaxedModel(small[0], rules).forward(example, values, structure)
-    profile = searched_profile(theta, rules, "test", {})
+    profile = searched_profile(theta, rules, "test", {}) if acting else structure.profile
+    assert profile is not None
     model = ReferenceModel(*small, profile)
     prompt = "USER: " + "<image>" * images + f"\n{row.question} ASSISTANT:"
     embeddings, spans, ids = model.embed(prompt, row.images.load())
@@ -73,13 +75,11 @@ def test_the_value_is_the_reference_at_the_exported_profile(
     with torch.no_grad():
         logits = small[0].lm_head(torch.cat(hidden))
     assert len(output.kept) == len([layer for layer in acting if layer != BEFORE])
-    for mine, theirs in zip(output.kept, state.kept, strict=False):
+    inside = state.kept if withdraw is None else state.kept[:-1]
+    for mine, theirs in zip(output.kept, inside, strict=True):
         assert mine[mine < len(embeddings)].tolist() == theirs.tolist()
     assert isinstance(profile.reducers[-1], Withdrawal) == (withdraw is not None)
     torch.testing.assert_close(output.logits.detach(), logits, rtol=1e-4, atol=2e-4)
-    # The same without the last reducer is something else: the comparison above can fail.
-    assert output.run is not None
-    assert structure.counts == () or structure.counts[-1] < VISUAL
 
 
 def test_a_withdrawal_and_a_selection_change_the_value(small: Small) -> None:
@@ -146,12 +146,11 @@ def test_the_count_before_the_decoder_is_measured_whatever_the_estimator(
     first, second = structure.counts
     low, high = max(first - round(width * first), second), first + round(width * first)
 
-    def hard(count: int) -> float:
+    def hard(counts: tuple[int, int]) -> float:
         relaxed = RelaxedModel(model, rules)
         reference = reference_rows(OBJECTIVE, example, relaxed.reference(example, OBJECTIVE.aligned))
         profile = structure.profile
         assert profile is not None
-        counts = (count, second)
         changed = profile.model_copy(update={"schedules": {str(profile.budget.tokens): counts}})
         with torch.no_grad():
             at = replace(structure, profile=changed, counts=counts)
@@ -159,30 +158,31 @@ def test_the_count_before_the_decoder_is_measured_whatever_the_estimator(
             assert output.run is not None
             return task_terms(OBJECTIVE, output.run.example, output, reference).total.item()
 
-    rise = (hard(high) - hard(low)) / (torch.tensor(high / low).log().item())
+    rise = (hard((high, second)) - hard((low, second))) / math.log(high / low)
     assert abs(rise) > 1e-6
     tables = []
-    for keep in (keep_estimator(name, 10.0, width), _Silent()):
-        table = values.table.detach().requires_grad_()
-        loss_of(model, example, table, rules, keep=keep, before=Differences(width)).backward()
+    for before in (Differences(width), _Unmeasured()):
+        table = values.table.detach().clone().requires_grad_()
+        loss_of(model, example, table, rules, keep=keep_estimator(name, 10.0, width), before=before).backward()
         assert table.grad is not None
         tables.append(table.grad[BEFORE, KINDS.index("discard")].item())
-    # d log K / d c = -1 / (1 - c) at a gate of 1; of other reducers' counts the estimator has its own say.
-    own = rise / -(1 - values.discard[BEFORE].item())
-    assert tables[1] == pytest.approx(own, rel=1e-5)
-    if name in ("eq12", "eq12_served"):
-        assert tables[0] == pytest.approx(own, rel=1e-5)
-    else:
-        assert tables[0] != 0
-
-
-class _Silent:
-    """Says nothing of counts."""
-
-    def at_reducer(self, flow: Any, did: Any) -> None:
+    # d log K / d c = -1 / (1 - c) at a gate of 1.
+    kept = 1 - values.discard[BEFORE].item()
+    if name != "differences":
+        assert tables[0] - tables[1] == pytest.approx(-rise / kept, rel=1e-5)
         return
+    # That measures every count itself, and a share before the decoder is a factor of both.
+    assert tables[0] == tables[1]
+    step = max(1, round(width * second))
+    ends = (second - step, second + step)
+    behind = (hard((first, ends[1])) - hard((first, ends[0]))) / math.log(ends[1] / ends[0])
+    assert tables[0] == pytest.approx(-(rise + behind) / kept, rel=1e-5)
 
-    def slopes(self, run: Any, row: int, loss: Any) -> torch.Tensor | None:
+
+class _Unmeasured(Differences):
+    """Measures nothing."""
+
+    def slopes(self, *_: Any, **__: Any) -> torch.Tensor | None:
         return None
 
 
@@ -241,6 +241,21 @@ def test_the_gate_before_the_decoder_is_fixed() -> None:
     assert learns[2].all()
 
 
+@pytest.mark.parametrize("measure", ["final", "layer_average"])
+def test_gates_behind_a_withdrawal_learn_nothing(measure: SearchMeasure) -> None:
+    """Neither from the budget nor from the number of reducers, of which they are none."""
+    raw = make_theta({1: 0.5}).raw.detach()
+    theta, rules = Theta(raw, places=3), rules_with(None, 3)
+    objective = Objective(4, 1, VISUAL, (), budget_measure=measure, withdraw=3)
+    values = theta()
+    found = penalties(objective, values, acting_of(values, rules))
+    assert found.gates.item() == pytest.approx(0.9 + 2 * 0.1)
+    (found.budget + found.cost).backward()
+    assert theta.raw.grad is not None
+    assert theta.raw.grad[:3, 0].abs().min() > 0
+    assert theta.raw.grad[3:].abs().max() == 0
+
+
 def test_gates_behind_a_withdrawal_are_no_places() -> None:
     rules, theta = rules_with(None, 3), make_theta({1: 0.5, 2: 0.5, 4: 0.5})
     structure = read_structure(theta(), rules)
@@ -248,6 +263,8 @@ def test_gates_behind_a_withdrawal_are_no_places() -> None:
     assert set(structure.candidates) == {0}
     assert structure.profile is not None
     assert structure.profile.schedules == {"10": (19, 10, 0)}
+    with pytest.raises(SettingError, match="no layer reduces"):
+        searched_profile(make_theta({}), rules, "a withdrawal alone", {})
     assert reducer_lines(structure.profile)[-1] == "layer 3   withdraws what is left"
 
 
@@ -306,6 +323,15 @@ def test_starts_with_other_selectors_and_withdrawals(small_path: Path, tmp_path:
     assert (output / "start-select-uniform-withdraw-3/theta.json").is_file()
 
 
+def test_all_starts_are_checked_before_any_begins(small_path: Path, tmp_path: Path) -> None:
+    settings = make_settings(small_path, tmp_path / "runs", steps=2, budget=8, budget_measure="layer_average")
+    starts = [{"select": "uniform"}, {"select": "typo"}], [{"select": "uniform"}, {"select": "none"}]
+    for wrong, match in zip(starts, ("select='typo'", "budget=8: reducers at"), strict=True):
+        with pytest.raises(SettingError, match=match):
+            run_restarts(settings, wrong, quiet=True)
+        assert not (tmp_path / "runs").exists()
+
+
 def given(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_start_flags(parser)
@@ -322,6 +348,9 @@ def test_what_cannot_be_is_refused(small_path: Path, tmp_path: Path) -> None:
     refused("max_reducers=3: a model of 6 layers has 2 places", withdraw=2, placement=(0, 1))
     refused(r"placement=.*images are withdrawn behind layer 4", withdraw=4)
     refused("align_on='visual'", select="maxmin", align_on="visual")
+    refused("align_layers=.*behind layer 3", withdraw=3, max_reducers=2, placement=(1, 2), align_on="visual")
+    below = {"budget_measure": "layer_average", "budget": 20, "serve_budgets": (20, 6)}
+    refused("serve_budgets=6: layer 0 alone sees 36 tokens, which is 6.0", **below)
     for text in ("maxmin", "maxmin,maxmin"):
         with pytest.raises(SettingError, match="restarts_select"):
             starts_of(given("--restarts-select", text))

@@ -1,6 +1,7 @@
 """Searches against opponents at equal cost: what runs, what it is judged on, and the bootstrap over seeds."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ def made(rights: dict[str, list[float]], kinds: tuple[str, ...] = ("counting", "
         replies = [
             "yes" if int(row["id"].split("-")[0]) < 40 * shares[kinds.index(row["kind"])] else "no" for row in rows
         ]
-        cases.append({"profile": profile, "budget": 64, "replies": replies})
+        cases.append({"profile": profile, "does": profile, "budget": 64, "replies": replies})
         method, seed = profile.rsplit("-s", 1)
-        runs.append({"profile": profile, "method": method, "seed": int(seed)})
+        runs.append({"profile": profile, "does": profile, "method": method, "seed": int(seed)})
     return {"rows": rows, "cases": cases, "runs": runs, "scorer": "exact"}
 
 
@@ -80,6 +81,14 @@ def test_a_method_without_one_of_its_seeds_at_a_cost_has_none() -> None:
     result = made({"gradient-s0": [0.5, 1.0], "gradient-s1": [0.5, 1.0], "random-s0": [0.5, 0.5]})
     result["cases"] = [case for case in result["cases"] if case["profile"] != "gradient-s1"]
     assert set(by_method(result)) == {("random", 64)}
+
+
+def test_cases_of_another_run_are_none_of_a_method_s_seeds() -> None:
+    """A result file keeps what was asked before, under the same names."""
+    result = made({"gradient-s0": [0.5, 1.0], "random-s0": [0.5, 0.5]})
+    wrong = ["no"] * len(result["rows"])
+    result["cases"].append({"profile": "gradient-s0", "does": "another", "budget": 64, "replies": wrong})
+    assert by_method(result)["gradient", 64][AVERAGE].value == pytest.approx(0.75)
 
 
 def test_the_tables_and_the_figure_say_the_same() -> None:
@@ -126,10 +135,14 @@ def test_a_comparison_from_end_to_end(small_path: Path, tmp_path: Path, capsys: 
     assert result["benchmark"]["source"] == "ClutterVQA test"
     for case in result["cases"][1:]:
         assert case["layer_average"] == pytest.approx(case["budget"], abs=0.55)
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("start-*/theta.json")}
-    assert len(before) == 2
+    ended = [*(tmp_path / "runs").rglob("start-*/theta.json"), *(tmp_path / "runs/random-s0").glob("t*.json*")]
+    assert len(ended) == 4
+    before = [file.stat().st_mtime_ns for file in ended]
     assert main(argv) == 0
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("start-*/theta.json")} == before
+    assert [file.stat().st_mtime_ns for file in ended] == before
+    for changed, match in ((["--judge-images", "2"], "images=2"), (["--costs", "20,9"], "serve_budgets|costs")):
+        assert main([*argv, *changed]) == 2
+        assert re.search(match, capsys.readouterr().err)
     assert main(["compare", "--table", str(out)]) == 0
     assert capsys.readouterr().out.startswith("| ")
 
