@@ -23,6 +23,8 @@ from eos_vllm.models.tokenizer import EOS_ID
 
 _BACKGROUND = 0.15
 _POINTER = 64
+# Weight of the distance to an object's centre, in shares of the frame.
+_CENTRE = 8.0
 
 
 class Trainee(nn.Module):
@@ -46,13 +48,13 @@ class Trainee(nn.Module):
         shape, benchmark = self.recipe.shape, self.recipe.benchmark
         hidden, vision = shape.hidden_size, shape.vision_hidden_size
         heads: dict[str, nn.Module] = {
+            "centre": nn.Linear(hidden, 2),
             "colour": nn.Linear(vision, len(COLOUR_NAMES) + 1),
             "kind": nn.Linear(vision, len(benchmark.types) + 1),
             "middle": nn.Linear(vision, 1),
             "place": nn.Linear(hidden, 2),
         }
         if not self.recipe.pointers:
-            heads["centre"] = nn.Linear(hidden, 2)
             heads["value"] = nn.Linear(hidden, shape.vocab_size)
             return nn.ModuleDict(heads)
         heads["order"] = nn.Linear(vision, ORDERS + 1)
@@ -201,7 +203,7 @@ class Trainee(nn.Module):
         losses: dict[str, torch.Tensor] = {}
         if index == self.layer_of(0) and len(batch.named):
             named = hidden[batch.named[:, 0], start + batch.named[:, 1]]
-            losses["centre"] = 8 * F.mse_loss(self.heads["centre"](named), batch.centre)
+            losses["centre"] = _CENTRE * F.mse_loss(self.heads["centre"](named), batch.centre)
         if index == self.layer_of(-1):
             seen = hidden[batch.asked[:, 0], start + batch.asked[:, 1]]
             losses["value"] = 0.5 * F.cross_entropy(self.heads["value"](seen), batch.value)
@@ -230,9 +232,12 @@ class Trainee(nn.Module):
             row, column = (centre * FRAME_PATCHES).long().unbind(dim=1)
             there = numbers[where[:, 0]].contiguous()
             target = torch.searchsorted(there, (row * FRAME_PATCHES + column)[:, None])[:, 0]
-            points = self.heads[name](at(name, head, where))
+            state = at(name, head, where)
+            if name == "named":  # which leads to the patch long before pointing at it succeeds
+                losses["centre"] = _CENTRE * F.mse_loss(self.heads["centre"](state), centre)
+            points = self.heads[name](state)
             logits = 0.5 * torch.einsum("nd,nkd->nk", points, self.waves[there])
-            losses[name] = 0.5 * F.cross_entropy(logits, target)
+            losses[name] = F.cross_entropy(logits, target)
         losses["value"] = 0.5 * F.cross_entropy(self.heads["value"](at("value", -1, batch.asked)), batch.value)
         return losses
 
