@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--figure", type=Path, default=None, help="draw it to this PNG")
     parser.set_defaults(
         run=run, rows=None, base_url=None, page=None, against=None, per_kind=None, scorer=None, split="test",
-        served_model="embedded", max_tokens=8,
+        served_model="embedded", max_tokens=8, first_image=0,
     )  # fmt: skip
 
 

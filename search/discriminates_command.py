@@ -34,7 +34,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, default=None, help="raw result; a stopped evaluation goes on from it")
     parser.add_argument("--table", type=Path, default=None, help="judge this result, and ask nothing")
     parser.set_defaults(
-        run=run, rows=None, base_url=None, page=None, figure=None, against=None, max_tokens=8, scorer=None
+        run=run,
+        rows=None,
+        base_url=None,
+        page=None,
+        figure=None,
+        against=None,
+        max_tokens=8,
+        scorer=None,
+        first_image=0,
     )
 
 

@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="split of ClutterVQA (default: %(default)s)")
     parser.add_argument("--images", type=int, default=200, help="images of it (default: %(default)s)")
+    parser.add_argument("--first-image", type=int, default=0, help="number of the first one (default: %(default)s)")
     parser.add_argument("--per-kind", type=int, default=None, help="at most so many questions of each kind")
     parser.add_argument("--max-tokens", type=int, default=8)
     parser.add_argument("--processes", type=int, default=None, help="default: one for each core")
@@ -89,6 +90,9 @@ def check(args: argparse.Namespace) -> None:
     for name in ("images", "max_tokens", "per_kind", "processes"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise EosError(f"--{name.replace('_', '-')}", value, "is below 1", "give 1 or more")
+    if args.first_image < 0 or (args.first_image and args.rows):
+        problem = "is below 0" if args.first_image < 0 else "counts ClutterVQA's images, and rows are given"
+        raise EosError("--first-image", args.first_image, problem, "leave it out")
     if args.page and not (args.figure and (args.table or args.out)):
         problem = "lacks its figure or its raw result"
         raise EosError("--page", str(args.page), problem, "give --figure, and --out or --table")
@@ -111,7 +115,8 @@ def measure(args: argparse.Namespace, wanted: Sequence[Case]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory(prefix="eos-rows-") as folder:
         version = version_of(args.benchmark_version)
-        file = args.rows or export(Path(folder) / "rows", args.split, args.images, version=version.number)
+        drawn = {"version": version.number, "start": args.first_image}
+        file = args.rows or export(Path(folder) / "rows", args.split, args.images, **drawn)
         rows, scorer = read_rows(file), SCORERS[args.scorer or EXACT.name]
         check_fields(scorer, rows, file.name)
         rows = limit(rows, args.per_kind)
@@ -119,6 +124,8 @@ def measure(args: argparse.Namespace, wanted: Sequence[Case]) -> dict[str, Any]:
         source: dict[str, Any] = {"source": args.rows.name if args.rows else f"{version.title} {args.split}"}
         if not args.rows and version.number > 1:
             source["version"] = version.number
+        if not args.rows and args.first_image:
+            source["first_image"] = args.first_image
         result: dict[str, Any] = {
             "provenance": provenance(seed=0),
             "through": "server" if args.base_url else "reference",

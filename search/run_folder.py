@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from eos_search.data import Data
 from eos_search.export import write_json
 from eos_search.settings import SearchSettings, read_settings
+from eos_search.theta import layers_of
 from eos_vllm.core.errors import SettingError
-from eos_vllm.core.profile import BEFORE
 
 RECORDS = "log.jsonl"
 SETTINGS = "settings.json"
@@ -24,11 +23,6 @@ THETA = "theta.json"
 RUN = "run.json"
 _CHECKPOINTS = "checkpoints"
 _KEPT = 2
-
-
-def layers_of(rows: int, acting: Sequence[int]) -> list[int]:
-    """The layer of each row of recorded values: the last is -1 where a reducer acts before the decoder."""
-    return [*range(rows - 1), BEFORE] if BEFORE in acting else list(range(rows))
 
 
 class RunFolder:

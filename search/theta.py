@@ -15,6 +15,7 @@ from torch import nn
 from eos_search.measures import SearchMeasure, tokens_of
 from eos_vllm.analysis.scaling import scale_layers
 from eos_vllm.core.errors import SettingError
+from eos_vllm.core.profile import BEFORE
 
 Kind = Literal["gate", "discard", "gamma", "tau", "theta", "rho", "nu"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -149,6 +150,11 @@ class Theta(nn.Module):
             "nu": torch.sigmoid(raw["nu"]),
         }
         return ThetaValues(torch.stack([mapped[kind] for kind in KINDS], dim=1), self.before)
+
+
+def layers_of(rows: int, acting: Sequence[int]) -> list[int]:
+    """The layer of each row of recorded values: the last is -1 where a reducer acts before the decoder."""
+    return [*range(rows - 1), BEFORE] if BEFORE in acting else list(range(rows))
 
 
 def default_placement(depth: int, max_reducers: int) -> tuple[int, ...]:

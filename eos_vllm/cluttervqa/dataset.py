@@ -124,16 +124,18 @@ def export(
     questions: int | None = None,
     processes: int = 1,
     version: int = 1,
+    start: int = 0,
 ) -> Path:
     """Writes ``images/*.png`` and ``<split>.jsonl`` to a new or empty folder and returns the JSONL's path.
 
     Args:
         folder: where to.
         split: one of ``SPLITS``.
-        images: how many, from the split's first.
+        images: how many.
         questions: questions per image; one of each kind where None.
         processes: processes that share the work; the bytes written don't depend on it.
         version: of the benchmark.
+        start: number of the first image in its split.
 
     Raises:
         EosError: unknown split or version, or a folder that is a file, holds anything or cannot be created.
@@ -141,12 +143,12 @@ def export(
     _check_split(split)
     version_of(version)
     path = _make_folder(Path(folder))
-    make = partial(_write_sample, path, split, questions, version)
+    make, numbers = partial(_write_sample, path, split, questions, version), range(start, start + images)
     if processes > 1:
         with ProcessPoolExecutor(processes) as pool:
-            written = list(pool.map(make, range(images), chunksize=64))
+            written = list(pool.map(make, numbers, chunksize=64))
     else:
-        written = [make(index) for index in range(images)]
+        written = [make(index) for index in numbers]
     file = path / f"{split}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for rows in written for row in rows), encoding="utf-8")
     return file

@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from eos_search.plots.canvas import MARKS, panels
-from eos_search.run_folder import layers_of
-from eos_search.theta import KINDS, Kind
+from eos_search.theta import KINDS, Kind, layers_of
 from eos_vllm.core.budget import kept_counts, layer_average, own_budget, plain, segment_tokens
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile

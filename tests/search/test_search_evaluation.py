@@ -11,6 +11,7 @@ from eos_search.accuracy_page import margins_table
 from eos_search.answerers import ReferenceAnswerer, ServerAnswerer, blind_images, chat_prompt
 from eos_search.evaluate_command import add_parser, check_rows, limit, run
 from eos_search.evaluation import cases, describe, evaluate, table
+from eos_search.main import main
 from eos_search.raw import read_result
 from eos_search.selection import rows_before
 from eos_vllm.cluttervqa import export, read_rows
@@ -271,3 +272,12 @@ def test_a_server_has_one_profile(monkeypatch):
     FakeServer(monkeypatch)
     with pytest.raises(EosError, match="a server has one profile"):
         run(arguments("--base-url", "http://x/v1", "--profiles", "embedded-pool,embedded-fastv", "--images", "1"))
+
+
+def test_images_from_the_middle_of_a_split_are_those_of_the_whole(tmp_path):
+    whole = read_rows(export(tmp_path / "whole", "validation", 3))
+    later = read_rows(export(tmp_path / "later", "validation", 1, start=2))
+    assert [row.id for row in later] == [row.id for row in whole if "000002" in row.id]
+    assert later[0].image_files[0].read_bytes() == (tmp_path / "whole/images/000002.png").read_bytes()
+    for flags in (["--first-image", "-1"], ["--first-image", "1", "--rows", "x.jsonl"]):
+        assert main(["evaluate", "--profiles", "none", *flags]) == 2
