@@ -66,7 +66,8 @@ def _power(own: torch.Tensor, structure: Structure, rules: Rules, depth: int) ->
         return math.log(budget / total) / own.sum()
 
     def cost_at(power: torch.Tensor | float, logs: torch.Tensor) -> torch.Tensor:
-        return _cost(total * (power * logs).cumsum(dim=0).exp(), structure, rules, depth)
+        left = (total * (power * logs).cumsum(dim=0).exp()).clamp(min=min(rules.minimum, total))
+        return _cost(left, structure, rules, depth)
 
     with torch.no_grad():
         low, high = 0.0, 1.0
@@ -80,6 +81,8 @@ def _power(own: torch.Tensor, structure: Structure, rules: Rules, depth: int) ->
     power = own.new_tensor(high, requires_grad=True)
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(cost_at(power, own.detach()), power)
+    if slope == 0:  # all counts are at the minimum
+        return high
     # A step of Newton from the solution: nothing in value.
     there = cost_at(high, own)
     return high - (there - there.detach()) / slope

@@ -2,7 +2,7 @@
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates, or draws what was evaluated."""
     check(args)
-    result = read_result(args.table) if args.table else measure(args, named_cases(args))
+    wanted = [] if args.table else named_cases(args)
+    if wanted and not (args.out and args.out.is_file()):  # a file may hold what is not asked for now
+        _check_against(args.against, {case.name for case in wanted if case.budget})
+    result = measure(args, wanted) if wanted else read_result(args.table)
     if result.get("benchmark", {}).get("version", 1) > 1:
         result = with_both_means(result)
-    if args.against and args.against not in {case["profile"] for case in result["cases"] if case["budget"]}:
-        raise EosError("--against", args.against, "is not among the cases with a budget", "name one of the profiles")
+    _check_against(args.against, {case["profile"] for case in result["cases"] if case["budget"]})
     kinds = list(result["cases"][0]["accuracy"])
     print("\n\n".join(table(result, kind) for kind in [kinds[-1], *kinds[:-1]]))
     if args.against:
@@ -79,6 +81,12 @@ def run(args: argparse.Namespace) -> int:
         args.page.parent.mkdir(parents=True, exist_ok=True)
         args.page.write_text(page, encoding="utf-8")
     return 0
+
+
+def _check_against(name: str | None, names: Collection[str]) -> None:
+    if name and name not in names:
+        remedy = f"give one of {', '.join(sorted(names)) or 'those'}"
+        raise EosError("--against", name, "is not among the cases with a budget", remedy)
 
 
 def check(args: argparse.Namespace) -> None:

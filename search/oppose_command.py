@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from eos_search.opponents.base import METHODS
 from eos_search.opponents.judge import Budget
-from eos_search.opponents.settings import DEFAULT_SELECTORS, QUERIES, OpponentSettings
+from eos_search.opponents.settings import DEFAULT_SELECTORS, MINIMUMS, QUERIES, OpponentSettings
 from eos_search.selectors import NAMED
 from eos_vllm.cluttervqa import VERSIONS
 from eos_vllm.core.budget import parse_tokens
@@ -44,6 +44,9 @@ def add_parser(subparsers: Any) -> None:
         help=f"of random and tpe, before the decoder: of {', '.join(NAMED)}, or none (default: %(default)s)",
     )
     parser.add_argument("--queries", default=",".join(QUERIES), help="query rules (default: %(default)s)")
+    parser.add_argument(
+        "--minimums", default=",".join(map(str, MINIMUMS)), help="least counts to choose from (default: %(default)s)"
+    )
     parser.add_argument(
         "--benchmark-version", type=int, choices=tuple(VERSIONS), default=1, help="of ClutterVQA (default: %(default)s)"
     )
@@ -100,6 +103,7 @@ def read(args: argparse.Namespace) -> OpponentSettings:
         max_reducers=args.max_reducers,
         selectors=() if args.selectors == "none" else _names(args.selectors),
         queries=_names(args.queries),
+        minimums=tuple(parse_tokens(part, "--minimums") for part in args.minimums.split(",")),
         benchmark_version=args.benchmark_version,
         max_tokens=args.max_tokens,
     )

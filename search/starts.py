@@ -9,7 +9,12 @@ from eos_vllm.core.errors import SettingError
 # Settings that a start changes.
 Start = dict[str, Any]
 # Settings that may be given as lists, beside the placement, and how.
-LISTS = {"select": "maxmin,uniform,none", "withdraw": "5,6,none", "queries": "all_text,last_text"}
+LISTS = {
+    "select": "maxmin,uniform,none",
+    "withdraw": "5,6,none",
+    "queries": "all_text,last_text",
+    "minimum": "1,8,16",
+}
 
 
 def add_start_flags(parser: argparse.ArgumentParser) -> None:

@@ -84,7 +84,8 @@ def kept_counts(profile: Profile, budget: RetainBudget | None = None, total: int
     """Visual tokens of one image left after each reducer.
 
     A published schedule wins; else every retain share is raised to the one power that meets the budget by the
-    profile's measure (paper 2.6). A budget of the image's tokens or more means no reduction.
+    profile's measure (paper 2.6), the profile's minimum counted where the budget is in tokens; a share's power is the
+    same for images of all sizes. A budget of the image's tokens or more means no reduction.
 
     Args:
         profile: the operator profile.
@@ -178,8 +179,11 @@ def _power_for(profile: Profile, shares: list[float], budget: RetainBudget, tota
             raise BudgetError(REQUEST_FIELD, _named(budget), problem, f"give {range_from(math.floor(least))}")
         return 1.0
 
+    minimum = 0.0 if asks_share else float(min(profile.budget.minimum, total))
+
     def cost_at(power: float) -> float:
-        return cost(profile, [total * share**power if share > 0 else 0.0 for share in shares], measure, total)
+        counts = [max(total * share**power, minimum) if share > 0 else 0.0 for share in shares]
+        return cost(profile, counts, measure, total)
 
     if target <= (floor := cost_floor(profile, total)):
         raise BudgetError(
@@ -189,8 +193,11 @@ def _power_for(profile: Profile, shares: list[float], budget: RetainBudget, tota
             "tokens with its layers",
             f"give {range_from(floor * 1.01 if asks_share else math.floor(floor) + 1)}, or use measure final",
         )
+    # Where every count is at the minimum, a smaller budget changes nothing.
+    least = cost(profile, [total if s >= 1.0 else minimum if s > 0 else 0.0 for s in shares], measure, total)
+    target = max(target, least)
     low, high = 0.0, 1.0
-    while cost_at(high) > target:  # ends, for the limit is the floor
+    while cost_at(high) > target:  # ends, for the limit is below, or reached
         low, high = high, high * 2
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (middle, high) if cost_at(middle) > target else (low, middle)

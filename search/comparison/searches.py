@@ -13,7 +13,7 @@ from eos_search.opponents.base import Method
 from eos_search.opponents.contest import run_opponent
 from eos_search.opponents.costs import at_costs, nearest_counts
 from eos_search.opponents.judge import Budget
-from eos_search.opponents.settings import DEFAULT_SELECTORS, SPLIT, OpponentSettings
+from eos_search.opponents.settings import DEFAULT_SELECTORS, MINIMUMS, SPLIT, OpponentSettings
 from eos_search.raw import digest
 from eos_search.restarts import run_restarts
 from eos_search.run_folder import SETTINGS, THETA
@@ -77,8 +77,8 @@ class Plan:
     def opponent(self, method: Method, seed: int, seconds: float) -> OpponentSettings:
         """Settings of an opponent."""
         settings = self.gradient(seed)
-        asked = {start.get("select", settings.select) for start in self.starts}
-        selectors = {str(name) for name in asked - {None, "none"}}
+        begun = [read_settings({**settings.to_dict(), **start}) for start in self.starts]
+        selectors = {own.select for own in begun if own.select is not None}
         return OpponentSettings(
             method=method,
             costs=self.costs,
@@ -91,6 +91,7 @@ class Plan:
             # One before the decoder is one more than C.
             max_reducers=settings.max_reducers + bool(selectors),
             selectors=(*DEFAULT_SELECTORS, *sorted(selectors - set(DEFAULT_SELECTORS))),
+            minimums=tuple(sorted({*MINIMUMS, *(own.minimum for own in begun)})),
             benchmark_version=settings.benchmark_version,
         )
 

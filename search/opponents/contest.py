@@ -103,7 +103,7 @@ def make_opponent(settings: OpponentSettings, sizes: ModelGeometry) -> Opponent:
         SettingError: no profile of the space can have the cost; or optuna is missing.
     """
     if settings.method == "one-knob":
-        found = OneKnob(hand_made(sizes), settings.costs, settings.queries, settings.seed)
+        found = OneKnob(hand_made(sizes), settings.costs, settings.queries, settings.seed, settings.minimums)
         if not found.bases:
             problem = "no packaged profile can meet it with this model"
             raise SettingError("cost", min(settings.costs), problem, "give more, or take random or tpe")
@@ -113,7 +113,7 @@ def make_opponent(settings: OpponentSettings, sizes: ModelGeometry) -> Opponent:
         num_decoder_layers=sizes.num_decoder_layers,
         visual_tokens=sizes.visual_tokens,
     )
-    space = Space(model, settings.costs, settings.max_reducers, settings.selectors, settings.queries)
+    space = Space(model, settings.costs, settings.max_reducers, settings.selectors, settings.queries, settings.minimums)
     return (TPE if settings.method == "tpe" else RandomSearch)(space, settings.seed)
 
 

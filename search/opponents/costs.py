@@ -62,9 +62,9 @@ def nearest_counts(draft: Profile, cost: int) -> tuple[int, ...]:
         if abs(found - cost) < abs(layer_average(draft, best) - cost):
             best = counts
         low, high = (middle, high) if found < cost else (low, middle)
-    if abs(nearest := layer_average(draft, best) - cost) > _OFF + 1e-9:
-        problem = f"the layers of {draft.name} come to {nearest + cost:.1f} at most"
-        raise BudgetError("cost", cost, problem, "give less, or reduce later")
+    if abs(off := (nearest := layer_average(draft, best)) - cost) > _OFF + 1e-9:
+        bound, remedy = ("least", "more, or a smaller minimum") if off > 0 else ("most", "less, or reduce later")
+        raise BudgetError("cost", cost, f"the layers of {draft.name} come to {nearest:.1f} at {bound}", f"give {remedy}")
     return best
 
 
@@ -84,7 +84,12 @@ def latest_first_layer(model: ModelSpec, cost: int) -> int | None:
 
 
 def draft_profile(
-    model: ModelSpec, reducers: Sequence[dict[str, object]], cost: int, queries: str = "image", name: str = "draft"
+    model: ModelSpec,
+    reducers: Sequence[dict[str, object]],
+    cost: int,
+    queries: str = "image",
+    minimum: int = 1,
+    name: str = "draft",
 ) -> Profile:
     """A profile by ``layer_average`` from the reducers' plain data, for :func:`at_costs`."""
     data = {
@@ -93,7 +98,7 @@ def draft_profile(
         "model": model.model_dump(),
         "importance": {"queries": queries},
         "reducers": list(reducers),
-        "budget": {"measure": "layer_average", "tokens": cost},
+        "budget": {"measure": "layer_average", "tokens": cost, "minimum": minimum},
     }
     return parse_profile(data, name)
 

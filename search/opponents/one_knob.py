@@ -4,7 +4,7 @@ The stages go on from what the ones before have found, so that a budget buys the
 
 1. every hand-made profile, and plain pruning at its places, with each query rule;
 2. at the three best of these places: pooling and merging with gamma from a grid;
-3. the best of each profile, and of pooling and merging, with other schedules.
+3. the best of each profile, and of pooling and merging, with other schedules, and with other least counts.
 """
 
 import math
@@ -36,7 +36,14 @@ _PAPERS = "eos-llava-1.5-7b"
 class OneKnob:
     """Three stages of grids, then an end. A group is a stage, in an order that the seed decides."""
 
-    def __init__(self, bases: Sequence[Profile], costs: Sequence[int], queries: Sequence[str], seed: int) -> None:
+    def __init__(
+        self,
+        bases: Sequence[Profile],
+        costs: Sequence[int],
+        queries: Sequence[str],
+        seed: int,
+        minimums: Sequence[int] = (1,),
+    ) -> None:
         """What is tuned.
 
         Args:
@@ -44,8 +51,10 @@ class OneKnob:
             costs: layer averages in tokens; bases that cannot meet them even from the first layers on are left out.
             queries: query rules to choose from.
             seed: of the order, which matters where the budget ends within a stage.
+            minimums: least counts to choose from.
         """
         self.costs, self.queries, self.seed = tuple(costs), tuple(queries), seed
+        self.minimums = tuple(minimums)
         moved = (_moved_to_meet(base, min(costs)) for base in bases)
         self.bases = [base for base in moved if base is not None]
         self.found: list[Outcome] = []
@@ -110,6 +119,9 @@ class OneKnob:
             draft = self._draft(outcome)
             for ratio in RATIOS if len(reduces(draft)) > 1 else ():
                 yield _with_ratio(draft, ratio), {**outcome.candidate.about, "ratio": ratio}
+            for minimum in self.minimums:
+                if minimum != draft.budget.minimum:
+                    yield _with_minimum(draft, minimum), {**outcome.candidate.about, "minimum": minimum}
 
     def _draft(self, outcome: Outcome) -> Profile:
         return self.drafts[digest(outcome.candidate.profile)]
@@ -199,6 +211,10 @@ def _with_gamma(profile: Profile, gamma: float) -> Profile:
     for i in reduces(profile):
         data["reducers"][i]["gamma"] = gamma
     return parse_profile(data, profile.name)
+
+
+def _with_minimum(profile: Profile, minimum: int) -> Profile:
+    return profile.model_copy(update={"budget": profile.budget.model_copy(update={"minimum": minimum})})
 
 
 def _with_ratio(profile: Profile, ratio: float) -> Profile:

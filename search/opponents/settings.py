@@ -15,6 +15,7 @@ from eos_vllm.core.profile import QueryRule
 
 QUERIES: tuple[QueryRule, ...] = ("relevant_text", "all_text", "last_text", "image")
 DEFAULT_SELECTORS = tuple(name for name in NAMED if name != "cls")
+MINIMUMS = (1, 8, 16)
 # The questions that may choose a profile; those that judge it in the end are others.
 SPLIT = "validation"
 
@@ -35,6 +36,7 @@ class OpponentSettings:
         max_reducers: most reducers, one before the decoder included; of random search and TPE.
         selectors: names in :data:`~eos_search.selectors.NAMED`, of random search and TPE; may be empty.
         queries: query rules to choose from.
+        minimums: least counts after any reducer to choose from, 1 first.
         benchmark_version: of ClutterVQA.
         max_tokens: longest answer.
     """
@@ -50,6 +52,7 @@ class OpponentSettings:
     max_reducers: int = 3
     selectors: tuple[str, ...] = DEFAULT_SELECTORS
     queries: tuple[str, ...] = QUERIES
+    minimums: tuple[int, ...] = MINIMUMS
     benchmark_version: int = 1
     max_tokens: int = 8
 
@@ -83,6 +86,9 @@ class OpponentSettings:
     def _check_numbers(self) -> None:
         if not self.costs or len(set(self.costs)) < len(self.costs):
             raise SettingError("cost", list(self.costs), "these are no different costs", "give one or more, each once")
+        if self.minimums[:1] != (1,) or list(self.minimums) != sorted(set(self.minimums)):
+            problem = "these are no minimums"
+            raise SettingError("minimums", list(self.minimums), problem, "give 1 and, ascending, what else may be tried")
         seconds, questions = self.budget.seconds, self.budget.questions
         if (seconds is None) == (questions is None):
             problem = "an opponent has one budget"

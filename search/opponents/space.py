@@ -1,5 +1,6 @@
 """The space that random search and TPE share: where, how much and which, of one cost."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 from eos_search.opponents.base import Chooser
 from eos_search.opponents.costs import at_costs, draft_profile, latest_first_layer, prune_reducer
 from eos_search.selectors import NAMED
-from eos_vllm.core.errors import SettingError
+from eos_vllm.core.errors import BudgetError, SettingError
 from eos_vllm.core.profile import BEFORE, ModelSpec, Profile
 
 _NONE = "none"
@@ -30,6 +31,7 @@ class Space:
         max_reducers: most reducers, one before the decoder included.
         selectors: names in :data:`~eos_search.selectors.NAMED`; none: no reducer before the decoder.
         queries: query rules to choose from.
+        minimums: least counts to choose from, ascending from 1; each but 1 only where the costs allow it.
     """
 
     model: ModelSpec
@@ -37,6 +39,7 @@ class Space:
     max_reducers: int
     selectors: tuple[str, ...]
     queries: tuple[str, ...]
+    minimums: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         if self.latest is None and not self.selectors:
@@ -59,7 +62,12 @@ class Space:
         for k, layer in enumerate(layers, start=len(reducers)):
             reducers.append(self._reducer(choose, k, layer, len(layers) + len(reducers) > 1))
         queries = choose.one_of("queries", self.queries) if layers else "image"
-        return at_costs(draft_profile(self.model, reducers, self.costs[0], queries), self.costs)
+        minimum = int(choose.one_of("minimum", tuple(map(str, self.minimums)))) if len(self.minimums) > 1 else 1
+        draft = functools.partial(draft_profile, self.model, reducers, self.costs[0], queries)
+        try:
+            return at_costs(draft(minimum), self.costs)
+        except BudgetError:  # it alone costs more
+            return at_costs(draft(1), self.costs)
 
     def _before(self, choose: Chooser) -> str | None:
         if not self.selectors:

@@ -1,6 +1,7 @@
 """Searches over the whole space: counts and operator before the decoder, inside it, and withdrawal."""
 
 import argparse
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -313,14 +314,13 @@ def test_starts_with_other_selectors_and_withdrawals(small_path: Path, tmp_path:
     config, output = tmp_path / "config.json", tmp_path / "runs"
     settings = make_settings(small_path, output, steps=2, placement=(1, 2))
     config.write_text(json.dumps(settings.to_dict()))
-    starts = ["--restarts-select", "uniform,none", "--restarts-withdraw", "3,4"]
+    starts = ["--restarts-select", "uniform,none", "--restarts-withdraw", "3,4", "--restarts-minimum", "2,3"]
     assert main(["run", "--config", str(config), "--quiet", *starts]) == 0
     told = json.loads((output / RESTARTS).read_text())
-    assert [(end["select"], end["withdraw"]) for end in told["searches"]] == [
-        ("uniform", 3), ("uniform", 4), (None, 3), (None, 4),
-    ]  # fmt: skip
+    found = [(end["select"], end["withdraw"], end["minimum"]) for end in told["searches"]]
+    assert found == list(itertools.product(("uniform", None), (3, 4), (2, 3)))
     assert told["best"] in {end["folder"] for end in told["searches"]}
-    assert (output / "start-select-uniform-withdraw-3/theta.json").is_file()
+    assert (output / "start-select-uniform-withdraw-3-minimum-2/theta.json").is_file()
 
 
 def test_all_starts_are_checked_before_any_begins(small_path: Path, tmp_path: Path) -> None:
@@ -359,4 +359,5 @@ def test_what_cannot_be_is_refused(small_path: Path, tmp_path: Path) -> None:
         len(starts_of(given("--restarts", "0,1;2", "--restarts-select", "maxmin,none", "--restarts-withdraw", "3,4")))
         == 8
     )
+    assert starts_of(given("--restarts-minimum", "1,8")) == [{"minimum": "1"}, {"minimum": "8"}]
     assert set(NAMED) >= {"maxmin", "uniform"}

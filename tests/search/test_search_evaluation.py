@@ -120,7 +120,12 @@ def test_a_stopped_evaluation_goes_on_from_its_file(tmp_path, tiny_model, capsys
             run(arguments("--table", str(out), "--against", name))
     with pytest.raises(EosError, match="--against='nothing'"):
         run(arguments("--table", str(out), "--against", "nothing"))
-    common[3] = "3"
+    fresh = tmp_path / "fresh.json"
+    common[-1] = str(fresh)
+    with pytest.raises(EosError, match="--against='nothing': is not among .*; give one of embedded-pool"):
+        run(arguments("--profiles", "none,embedded-pool", "--budgets", "16", "--against", "nothing", *common))
+    assert not fresh.exists(), "it was refused before anything was asked"
+    common[3], common[-1] = "3", str(out)
     with pytest.raises(EosError, match="another fingerprint"):
         run(arguments("--profiles", "none", *common))
     page = tmp_path / "docs" / "a.md"

@@ -45,20 +45,22 @@ def check_costs(profile: Profile, costs: tuple[int, ...]) -> None:
     shares=st.lists(st.floats(0.01, 0.99), min_size=1, max_size=3),
     selectors=st.booleans(),
     most=st.integers(1, 4),
+    minimums=st.sampled_from([(1,), (1, 8), (1, 30)]),
 )
 def test_every_point_of_the_space_has_its_costs(
-    seed: int, depth: int, visual: int, shares: list[float], selectors: bool, most: int
+    seed: int, depth: int, visual: int, shares: list[float], selectors: bool, most: int, minimums: tuple[int, ...]
 ) -> None:
     costs = tuple(dict.fromkeys(max(1, int(visual * share)) for share in shares))
     names = tuple(NAMED) if selectors else ()
     try:
-        space = make_space(depth, costs, visual, selectors=names, max_reducers=most)
+        space = make_space(depth, costs, visual, selectors=names, max_reducers=most, minimums=minimums)
     except SettingError:
         assert not selectors
         assert min(costs) < visual / depth + 1
         return
     profile = space.draw(RandomChooser(str(seed)))
     check_costs(profile, costs)
+    assert profile.budget.minimum in minimums
     assert 1 <= len(profile.reducers) <= most
     assert selectors or profile.before is None
 
@@ -114,9 +116,10 @@ def test_the_same_seed_proposes_the_same(method: Any) -> None:
 
 
 def test_points_cover_the_space() -> None:
-    groups = drive(RandomSearch(make_space(costs=(300,)), 0), 20, most_gamma)
+    groups = drive(RandomSearch(make_space(costs=(300,), minimums=(1, 8, 16)), 0), 20, most_gamma)
     profiles = [candidate.profile for candidate in itertools.chain(*groups)]
     assert {profile.importance.queries for profile in profiles} == set(QUERIES)
+    assert {profile.budget.minimum for profile in profiles} == {1, 8, 16}
     assert {len(profile.reducers) for profile in profiles} == {1, 2, 3}
     assert {layer for profile in profiles for layer in profile.layers} == set(range(7))
     assert {profile.before is None for profile in profiles} == {True, False}
@@ -150,7 +153,7 @@ def test_tpe_without_optuna_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def one_knob(cost: int = 128, seed: int = 0) -> OneKnob:
-    return OneKnob(hand_made(embedded_sizes()), (cost,), QUERIES, seed)
+    return OneKnob(hand_made(embedded_sizes()), (cost,), QUERIES, seed, minimums=(1, 60))
 
 
 def test_hand_made_profiles_are_those_of_the_model_or_scaled_to_it() -> None:
@@ -193,7 +196,10 @@ def test_one_knob_tunes_rules_then_transfer_then_schedules() -> None:
         for reducer, like in zip(candidate.profile.reducers, expected, strict=True):
             assert (reducer.tau, reducer.theta, reducer.rho) == (like.tau, like.theta, like.rho)
             assert reducer.gamma in (candidate.about["gamma"], 0.0)
-    assert {candidate.about["ratio"] for candidate in schedules} == {0.25, 0.5, 1.0, 2.0, 4.0}
+    assert {candidate.about.get("ratio") for candidate in schedules} == {None, 0.25, 0.5, 1.0, 2.0, 4.0}
+    lifted = [candidate.profile for candidate in schedules if candidate.about.get("minimum") == 60]
+    assert min(kept_counts(profile)[-1] for profile in lifted if profile.before is None) == 60
+    assert all("minimum" in candidate.about for candidate in schedules if "ratio" not in candidate.about)
     firsts = {kept_counts(c.profile)[0] for c in schedules if c.about["base"] == "embedded-sparsevlm-v2"}
     assert len(firsts) > 1
 

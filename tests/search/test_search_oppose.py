@@ -254,6 +254,8 @@ BAD = [
     (["--selectors", "best"], "selectors='best': is unknown; choose from uniform"),
     (["--queries", "all_text,all_text"], "queries='all_text': stands there twice"),
     (["--queries", ","], "queries='': names no query rule"),
+    (["--minimums", "8,16"], r"minimums=\[8, 16\]: these are no minimums; give 1 and"),
+    (["--minimums", "1,x"], "--minimums='x'"),
     (["--seed", "-1"], "seed=-1"),
     (["--processes", "0"], "processes=0"),
     (["--model", "no-such-model"], "model"),
