@@ -87,6 +87,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         seeds=_seeds(args.seeds),
         out=args.runs,
         images=args.judge_images,
+        race=args.race,
     )
     first = plan.gradient(plan.seeds[0])
     args.model = None if first.model == "embedded" else first.model

@@ -44,6 +44,10 @@ class Interrupted(KeyboardInterrupt):
         self.message = f"stopped before step {step}; go on from there with --resume"
 
 
+class Paused(Exception):
+    """A search that has reached the step before which it was to pause; a checkpoint of it is there."""
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """The searched profile, its file, and the record of every step (:func:`eos_search.run_folder.read_records`)."""
@@ -53,15 +57,19 @@ class SearchResult:
     records: list[dict[str, Any]]
 
 
-def run_search(settings: SearchSettings, resume: bool = False, quiet: bool = False) -> SearchResult:
+def run_search(
+    settings: SearchSettings, resume: bool = False, quiet: bool = False, pause: int | None = None
+) -> SearchResult:
     """Searches, and writes ``theta.json``, logs and checkpoints to the output folder.
 
     Args:
         settings: all of it.
         resume: go on from the last checkpoint of the output folder; the result is the same as without the stop.
         quiet: no progress bar and no lines.
+        pause: stop before this step; it lies behind the last checkpoint.
 
     Raises:
+        Paused: it has been reached.
         SettingError: something in the settings, the data, the model or the output folder is wrong.
         DivergedError: a loss or gradient is no number.
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint is written.
@@ -91,7 +99,9 @@ def run_search(settings: SearchSettings, resume: bool = False, quiet: bool = Fal
         elif accelerator.is_main_process:
             folder.create(settings, data)
         accelerator.wait_for_everyone()
-        return _search(_Ready(settings, accelerator, folder, frozen, objective, rules, theta, data, encoder), say)
+        return _search(
+            _Ready(settings, accelerator, folder, frozen, objective, rules, theta, data, encoder), say, pause
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ class _Ready:
     encoder: Encoder
 
 
-def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
+def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> SearchResult:
     settings, accelerator, folder = ready.settings, ready.accelerator, ready.folder
     theta, rules, data = ready.theta, ready.rules, ready.data
     trainer = Trainer(theta, rules, ready.objective, settings, accelerator)
@@ -163,10 +173,10 @@ def _search(ready: _Ready, say: Callable[[str], None]) -> SearchResult:
                 folder.record(_record(step, result, values))
                 _show(bar, step, settings.steps, result, say)
                 done = step + 1
-                if result.stop and done < settings.steps:
+                if (result.stop or done == pause) and done < settings.steps:
                     folder.save(accelerator, done)
                     note_spent()
-                    raise Interrupted(done)
+                    raise Interrupted(done) if result.stop else Paused
                 if done % settings.checkpoint_every == 0 or done == settings.steps:
                     folder.save(accelerator, done)
                     note_spent()

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     starts = starts_of(args)
     if starts != [{}]:
-        result = run_restarts(settings, starts, resume=args.resume, quiet=args.quiet)
+        result = run_restarts(settings, starts, resume=args.resume, quiet=args.quiet, race=args.race)
     else:
         result = run_search(settings, resume=args.resume, quiet=args.quiet)
     if not PartialState().is_main_process:

@@ -141,6 +141,12 @@ class RunFolder:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
+    @property
+    def reached(self) -> int:
+        """Step of the last checkpoint; 0 where there is none yet."""
+        found = self._checkpoints()
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
     def load(self, accelerator: Accelerator) -> int:
         """Loads the last checkpoint and returns its step; 0 where there is none yet.
 
@@ -154,7 +160,7 @@ class RunFolder:
         except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
             problem = f"the checkpoint cannot be read ({type(error).__name__})"
             raise SettingError("output", str(found[-1]), problem, "remove it: the one before is taken") from None
-        return int(found[-1].name.removeprefix("step-"))
+        return self.reached
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / _CHECKPOINTS).glob("step-*"))

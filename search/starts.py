@@ -22,6 +22,9 @@ def add_start_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restarts", default=None, metavar="A,B;C,D;...", help="search from each placement, take the best end"
     )
+    parser.add_argument(
+        "--race", type=int, default=None, metavar="STEPS", help="behind so many, the best third of the starts goes on"
+    )
     for name, example in LISTS.items():
         parser.add_argument(f"--restarts-{name}", default=None, metavar=example, help=f"the same with each {name}")
 
@@ -45,7 +48,7 @@ def starts_of(args: argparse.Namespace) -> list[Start]:
     """All combinations of what the flags give, each as changed settings; a flag that is not given changes nothing.
 
     Raises:
-        SettingError: one of them is no list of two or more, each once.
+        SettingError: one of them is no list of two or more, each once; or a race with one start.
     """
     choices: list[list[Start]] = []
     if args.restarts is not None:
@@ -57,6 +60,8 @@ def starts_of(args: argparse.Namespace) -> list[Start]:
         if len(parts) < 2 or len(set(parts)) < len(parts):
             raise SettingError(f"restarts_{name}", text, "these are no choices", f"give two or more, such as {example}")
         choices.append([{name: part} for part in parts])
+    if args.race is not None and not choices:
+        raise SettingError("race", args.race, "there is one start", "give --restarts, or leave it out")
     return [{name: value for start in parts for name, value in start.items()} for parts in itertools.product(*choices)]
 
 

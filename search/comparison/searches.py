@@ -38,6 +38,7 @@ class Plan:
         seeds: of every search.
         out: folder of all of it.
         images: validation images on which opponents judge in the end.
+        race: steps behind which the best third of the starts goes on alone.
     """
 
     config: Mapping[str, Any]
@@ -47,6 +48,7 @@ class Plan:
     seeds: tuple[int, ...]
     out: Path
     images: int = 72
+    race: int | None = None
 
     def gradient(self, seed: int) -> SearchSettings:
         """Settings of the gradient search of a seed."""
@@ -158,16 +160,16 @@ def _gradient_searches(plan: Plan, processes: int | None, say: Callable[[str], A
     if at_once == 1:
         for settings in wanted:
             say(settings.name)
-            yield _search(settings, plan.starts)
+            yield _search(settings, plan.starts, plan.race)
         return
     say(", ".join(settings.name for settings in wanted))
     with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_search, wanted, [plan.starts] * len(wanted))
+        yield from pool.map(_search, wanted, [plan.starts] * len(wanted), [plan.race] * len(wanted))
 
 
-def _search(settings: SearchSettings, starts: Sequence[Start]) -> Profile:
+def _search(settings: SearchSettings, starts: Sequence[Start], race: int | None) -> Profile:
     # What has ended is checked against these settings, and not searched again.
-    return run_restarts(settings, starts, resume=True, quiet=True).profile
+    return run_restarts(settings, starts, resume=True, quiet=True, race=race).profile
 
 
 def _opponent(settings: OpponentSettings, folder: Path, processes: int | None) -> Profile:

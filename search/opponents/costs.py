@@ -64,7 +64,9 @@ def nearest_counts(draft: Profile, cost: int) -> tuple[int, ...]:
         low, high = (middle, high) if found < cost else (low, middle)
     if abs(off := (nearest := layer_average(draft, best)) - cost) > _OFF + 1e-9:
         bound, remedy = ("least", "more, or a smaller minimum") if off > 0 else ("most", "less, or reduce later")
-        raise BudgetError("cost", cost, f"the layers of {draft.name} come to {nearest:.1f} at {bound}", f"give {remedy}")
+        raise BudgetError(
+            "cost", cost, f"the layers of {draft.name} come to {nearest:.1f} at {bound}", f"give {remedy}"
+        )
     return best
 
 

@@ -88,7 +88,9 @@ class OpponentSettings:
             raise SettingError("cost", list(self.costs), "these are no different costs", "give one or more, each once")
         if self.minimums[:1] != (1,) or list(self.minimums) != sorted(set(self.minimums)):
             problem = "these are no minimums"
-            raise SettingError("minimums", list(self.minimums), problem, "give 1 and, ascending, what else may be tried")
+            raise SettingError(
+                "minimums", list(self.minimums), problem, "give 1 and, ascending, what else may be tried"
+            )
         seconds, questions = self.budget.seconds, self.budget.questions
         if (seconds is None) == (questions is None):
             problem = "an opponent has one budget"

@@ -351,6 +351,8 @@ def test_what_cannot_be_is_refused(small_path: Path, tmp_path: Path) -> None:
     refused("align_layers=.*behind layer 3", withdraw=3, max_reducers=2, placement=(1, 2), align_on="visual")
     below = {"budget_measure": "layer_average", "budget": 20, "serve_budgets": (20, 6)}
     refused("serve_budgets=6: layer 0 alone sees 36 tokens, which is 6.0", **below)
+    with pytest.raises(SettingError, match="race=3: there is one start"):
+        starts_of(given("--race", "3"))
     for text in ("maxmin", "maxmin,maxmin"):
         with pytest.raises(SettingError, match="restarts_select"):
             starts_of(given("--restarts-select", text))

@@ -136,7 +136,7 @@ def null_slope(theta: Theta, table: torch.Tensor) -> float:
     return abs((table[acting, 1] * direction).sum().item())
 
 
-@pytest.mark.parametrize(("measure", "minimum"), [("layer_average", 1), ("flops", 1), ("layer_average", 8)])
+@pytest.mark.parametrize(("measure", "minimum"), [("layer_average", 1), ("flops", 1), ("layer_average", 5)])
 def test_counts_scaled_to_a_cost_have_their_derivative(measure: str, minimum: int) -> None:
     """Against differences of the counts that another Theta is scaled to, before rounding."""
     rules, step = make_rules(measure=measure, minimum=minimum), 1e-6
@@ -158,7 +158,7 @@ def test_counts_scaled_to_a_cost_have_their_derivative(measure: str, minimum: in
                 moved[layer, column] += sign * step
                 ends.append((logs(moved) * weights).sum().item())
             expected = (ends[0] - ends[1]) / (2 * step)
-            # The last one's count is at the minimum of 8, and its discard then without effect.
+            # The last one's count is at the minimum of 5, and its discard then without effect.
             assert (abs(expected) > 1e-3) == (minimum == 1 or layer < 3)
             assert found[layer, column].item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 

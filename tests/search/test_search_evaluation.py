@@ -122,7 +122,7 @@ def test_a_stopped_evaluation_goes_on_from_its_file(tmp_path, tiny_model, capsys
         run(arguments("--table", str(out), "--against", "nothing"))
     fresh = tmp_path / "fresh.json"
     common[-1] = str(fresh)
-    with pytest.raises(EosError, match="--against='nothing': is not among .*; give one of embedded-pool"):
+    with pytest.raises(EosError, match=r"--against=.nothing.: is not among .*; give one of embedded-pool"):
         run(arguments("--profiles", "none,embedded-pool", "--budgets", "16", "--against", "nothing", *common))
     assert not fresh.exists(), "it was refused before anything was asked"
     common[3], common[-1] = "3", str(out)

@@ -15,6 +15,7 @@ from eos_search.objective import Objective
 from eos_search.restarts import RESTARTS, run_restarts
 from eos_search.run import SearchResult, run_search
 from eos_search.run_folder import read_records
+from eos_search.spent import seconds_of
 from eos_search.starts import parse_placements
 from eos_search.theta import KINDS
 from eos_vllm.core.errors import SettingError
@@ -111,6 +112,41 @@ def test_the_best_end_of_several_starts_is_taken(
     assert {file: file.stat().st_mtime_ns for file in output.rglob("start-*/theta.json")} == before
     assert main(argv) == 2
     assert "it holds a search already" in capsys.readouterr().err
+
+
+def test_a_race_leaves_the_best_third_to_go_on(small_path: Path, tmp_path: Path) -> None:
+    """It ends in the bytes that it would have had alone, and is the same however often it was stopped."""
+    steps: list[tuple[str, bool]] = []
+
+    def search(settings: Any, resume: bool, **others: Any) -> SearchResult:
+        steps.append((settings.output.name, resume))
+        return run_search(settings, resume=resume, **others)
+
+    starts = [{"placement": placement} for placement in ((0, 1), (1, 2), (2, 3), (3, 4))]
+    settings = make_settings(small_path, tmp_path / "runs", steps=4, checkpoint_every=3)
+    result = run_restarts(settings, starts, quiet=True, race=2, search=search)
+    told = json.loads((tmp_path / "runs" / RESTARTS).read_text())
+    losses = {
+        end["folder"]: sum(r["terms"]["loss"] for r in read_records(tmp_path / "runs" / end["folder"])[:2]) / 2
+        for end in told["searches"]
+    }
+    ahead = sorted(losses, key=lambda name: losses[name])[:2]
+    assert [end["folder"] for end in told["searches"] if "final" in end] == [n for n in losses if n in ahead]
+    for end in told["searches"]:
+        assert len(read_records(tmp_path / "runs" / end["folder"])) == (4 if "final" in end else 2)
+        assert "final" in end or (end["steps"], end["left"]["loss"]) == (2, pytest.approx(losses[end["folder"]]))
+    assert steps == [(name, False) for name in losses] + [(name, True) for name in losses if name in ahead]
+    assert seconds_of(tmp_path / "runs") > 0
+    placement = next(end["placement"] for end in told["searches"] if end["folder"] == told["best"])
+    run_search(make_settings(small_path, tmp_path / "alone", steps=4, placement=tuple(placement)), quiet=True)
+    theirs = json.loads((tmp_path / "alone/theta.json").read_text())
+    ours = json.loads((tmp_path / "runs/theta.json").read_text())
+    assert theirs["reducers"] == ours["reducers"]
+    del steps[:]
+    assert run_restarts(settings, starts, resume=True, quiet=True, race=2, search=search).profile == result.profile
+    assert not steps
+    with pytest.raises(SettingError, match="race=4: a search has 4 steps"):
+        run_restarts(make_settings(small_path, tmp_path / "other", steps=4), starts, race=4)
 
 
 def test_a_start_that_ends_without_reducers_is_told(small_path: Path, tmp_path: Path) -> None:
