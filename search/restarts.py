@@ -49,7 +49,8 @@ def run_restarts(
         search: what runs one.
 
     Raises:
-        SettingError: as :func:`eos_search.run.run_search`; a race as long as the search; or no search ended with a layer that reduces.
+        SettingError: as :func:`eos_search.run.run_search`; a race as long as the search; or no search ended with a
+            layer that reduces.
     """
     RunFolder(settings.output, is_main=True).check_new()
     if race is not None and not 0 < race < settings.steps:
