@@ -1,21 +1,29 @@
-"""Flags, refusals and defaults: the one wrap around vLLM's ``EngineArgs``.
+"""Flags and defaults: the one wrap around vLLM's ``EngineArgs``.
 
 Why a wrap: vLLM loads general plugins before it builds its parser, but has no hook for a plugin's own flags or for
 checking a configuration. Can go when vLLM has either.
 """
 
 import functools
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from eos_vllm.core.errors import EosError, SettingError
-from eos_vllm.core.profile import Profile, parse_profile
-from eos_vllm.serving.hosts import TAKE_VIDEOS, host_of, model_classes
+from eos_vllm.core.profile import parse_profile
+from eos_vllm.serving.hosts import TAKE_VIDEOS, model_classes
+from eos_vllm.serving.model_facts import TEXT_BESIDE, ask_model, most_tokens, set_marker
 from eos_vllm.serving.options import KEY, hand_to_processors, has_page, planner_of, resolve_options
+from eos_vllm.serving.refusals import (
+    WORKER_EXTENSION,
+    check_everywhere,
+    check_inside,
+    check_model,
+    check_selection,
+    refuse_arguments,
+    refuse_videos,
+)
 
-WORKER_EXTENSION = "eos_vllm.serving.worker.EosWorkerExtension"
 _SCHEDULERS = {
     False: "eos_vllm.serving.scheduler.EosScheduler",
     True: "eos_vllm.serving.scheduler.EosAsyncScheduler",
@@ -27,30 +35,6 @@ _COUNTING_SCHEDULERS = {
 _READ_CACHED_KEYS = ("enable_prefix_caching", "enable_chunked_prefill")
 # Where the number of tokens per step is left to us, it grows to the model's context, up to here.
 _LONGEST_STEP = 8192
-_TEXT_BESIDE = 64
-
-
-def _drafts_with_a_model(speculation: Any) -> bool:
-    method = speculation.get("method") if isinstance(speculation, dict) else getattr(speculation, "method", None)
-    return speculation is not None and method != "ngram"
-
-
-# Engine argument, test that it was asked for, why not. Off by default or switched off by prepare().
-_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("speculative_config", _drafts_with_a_model, "a draft model's layers are in no segment; ngram works"),
-    ("spec_method", lambda v: v not in (None, "ngram"), "a draft model's layers are in no segment; ngram works"),
-    ("decode_context_parallel_size", lambda v: v > 1, "it shards a KV cache that is thought to be of one length"),
-    ("prefill_context_parallel_size", lambda v: v > 1, "it splits a prompt over ranks"),
-    ("kv_transfer_config", lambda v: v is not None, "connectors think of one KV length for all layers"),
-    ("kv_offloading_size", lambda v: v is not None, "connectors think of one KV length for all layers"),
-    ("kv_sharing_fast_prefill", lambda v: v is True, "it skips the layers whose queries score the tokens"),
-    ("long_prefill_token_threshold", lambda v: v > 0, "it would cut images from the text that scores them"),
-    ("kv_events_config", lambda v: v is not None, "blocks of reduced prompts stand for no range of tokens"),
-    ("enable_dbo", lambda v: v is True, "it splits a batch by unreduced tokens"),
-    ("disable_hybrid_kv_cache_manager", lambda v: v is True, "each segment needs a KV group of its own"),
-    ("scheduler_cls", lambda v: v is not None and "eos_vllm" not in str(v), "the reduction needs its own scheduler"),
-    ("worker_extension_cls", lambda v: v not in ("", WORKER_EXTENSION), "the reduction needs its own extension"),
-)
 
 
 def install() -> None:
@@ -159,7 +143,7 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
         problem = "adapters of the vision tower are mapped by placeholders, of which there are fewer than patches"
         raise SettingError("enable-tower-connector-lora", True, problem, "leave it out, or reduce in the decoder only")
     if profile.model.architecture in TAKE_VIDEOS:
-        _refuse_videos(engine_args)
+        refuse_videos(engine_args)
     if not profile.inside:
         # Nothing happens within the decoder: all that vLLM can do stays as it is.
         engine_args.model_class_overrides = {**engine_args.model_class_overrides, **model_classes()}
@@ -167,7 +151,7 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
             engine_args.worker_extension_cls = WORKER_EXTENSION
         config = create_engine_config(engine_args, *args, **kwargs)
         check_model(profile, config.model_config)
-        _ask_model(engine_args, config)
+        ask_model(engine_args, config)
         finish_before(config)
         return config
     batched = engine_args.max_num_batched_tokens
@@ -183,100 +167,15 @@ def _create(engine_args: Any, create_engine_config: Callable, args: tuple, kwarg
     longest = min(config.model_config.max_model_len, _LONGEST_STEP)
     if profile.model.visual_tokens is None:
         # No image is cut from its window, so that the largest one decides.
-        longest = min(config.model_config.max_model_len, max(longest, most_tokens(config) + _TEXT_BESIDE))
+        longest = min(config.model_config.max_model_len, max(longest, most_tokens(config) + TEXT_BESIDE))
     if batched is None and config.scheduler_config.max_num_batched_tokens < longest:
         # So that no image and window of a prompt that fits the model are too long for a step.
         engine_args.max_num_batched_tokens = longest
         config = create_engine_config(engine_args, *args, **kwargs)
-    _set_marker(engine_args, config)
-    _ask_model(engine_args, config)
+    set_marker(engine_args, config)
+    ask_model(engine_args, config)
     finish(config)
     return config
-
-
-def _refuse_videos(engine_args: Any) -> None:
-    """Videos off, with vLLM's own 400 for a request that holds one: nothing is proven of them.
-
-    Raises:
-        SettingError: they were asked for.
-    """
-    limits = dict(engine_args.limit_mm_per_prompt or {})
-    asked = limits.get("video", 0)
-    if (asked.get("count", 1) if isinstance(asked, dict) else asked) != 0:
-        problem = "videos are not reduced, and not proven beside images that are"
-        raise SettingError("limit-mm-per-prompt.video", asked, problem, "leave it out")
-    engine_args.limit_mm_per_prompt = {**limits, "video": 0}
-
-
-def _ask_model(engine_args: Any, config: Any) -> None:
-    """Puts into the configuration what the profile leaves to the model: the largest image, and text within images."""
-    options = engine_args.additional_config[KEY]
-    profile = parse_profile(options["profile"])
-    host, hf_config = host_of(config.model_config), config.model_config.hf_config
-    if profile.before is None:
-        options = {**options, "image_token": host.image_token(hf_config)}
-    if profile.model.visual_tokens is None and options["example"] is None:
-        options = {**options, "example": largest_image(config)}
-    engine_args.additional_config = {**engine_args.additional_config, KEY: options}
-    config.additional_config = engine_args.additional_config
-    planner = planner_of(config)
-    assert planner is not None
-    planner.counts()  # of the largest image, which a number of tokens may be too few for
-
-
-def largest_image(config: Any) -> int:
-    """Tokens of the largest image that fits a prompt beside a little text, and a step.
-
-    Raises:
-        SettingError: not even a small one does.
-    """
-    from vllm.logger import init_logger
-
-    longest, largest = config.model_config.max_model_len, most_tokens(config)
-    fits = min(longest, config.scheduler_config.max_num_batched_tokens) - _TEXT_BESIDE
-    if fits < 1:
-        raise SettingError("max-model-len", longest, "no image fits beside a little text", "give more")
-    if fits < largest:
-        message = "eos: images of more than %d tokens are refused, the model makes up to %d of one: a longer "
-        message += "--max-num-batched-tokens and --max-model-len take them; or limit pixels by --mm-processor-kwargs"
-        init_logger("vllm.eos").warning(message, fits, largest)
-    return min(largest, fits)
-
-
-def most_tokens(config: Any) -> int:
-    """Tokens of the largest image that the model's processor lets through."""
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-
-    info: Any = MULTIMODAL_REGISTRY.get_processing_info(config.model_config)
-    most = info.get_mm_max_tokens_per_item(config.model_config.max_model_len, {"image": 1}) or {}
-    if "image" in most:
-        return most["image"]
-    size = info.get_image_size_with_most_features()
-    return info.get_num_image_tokens(image_width=size.width, image_height=size.height)
-
-
-def _set_marker(engine_args: Any, config: Any) -> None:
-    """Puts the generation prompt's tokens into the configuration, where windows need them."""
-    from vllm.logger import init_logger
-    from vllm.renderers.chat_utils import load_chat_template
-
-    from eos_vllm.serving.chat_window import find_marker
-
-    options = engine_args.additional_config[KEY]
-    if options["marker"] is None and parse_profile(options["profile"]).window == "turn":
-        try:
-            template = load_chat_template(getattr(engine_args, "eos_chat_template", None))
-            marker = list(find_marker(config.model_config, template))
-        except ValueError as e:
-            marker = []
-            init_logger("vllm.eos").warning(
-                "eos: the end of a turn was not found in the chat template: %s. All later text of a prompt then scores "
-                "its images, and a chat's next turn finds nothing cached behind its first image",
-                e,
-            )
-        options = {**options, "marker": marker}
-        engine_args.additional_config = {**engine_args.additional_config, KEY: options}
-        config.additional_config = engine_args.additional_config
 
 
 def prepare(engine_args: Any) -> None:
@@ -285,12 +184,7 @@ def prepare(engine_args: Any) -> None:
     Raises:
         SettingError: an incompatible setting was asked for explicitly.
     """
-
-    for name, asked, why in _REFUSED:
-        value = getattr(engine_args, name, None)
-        if value is not None and asked(value):
-            flag = name.replace("_", "-")
-            raise SettingError(flag, value, f"not supported with --eos-profile: {why}", f"leave out --{flag}")
+    refuse_arguments(engine_args)
     if engine_args.block_size is None:
         # Removed tokens are rounded to blocks, and these are the smallest that vLLM's kernels take.
         engine_args.block_size = _smallest_block()
@@ -327,26 +221,11 @@ def finish(vllm_config: Any) -> None:
         ProfileError: the profile was made for another model.
         SettingError: the model is none that can be served with a profile.
     """
-    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
-    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.config import CUDAGraphMode
 
     planner = planner_of(vllm_config)
     assert planner is not None
-    if (runner := vllm_config.model_config.runner_type) != "generate":
-        raise SettingError("runner", runner, "pooling reads tokens that are gone", "serve the model to generate")
-    if planner.withdraws and planner.block > 1 and (planner.profile.model.visual_tokens or 1) % planner.block:
-        of = planner.profile.model.visual_tokens or "any number of"
-        problem = f"a withdrawal removes whole blocks, and {of} tokens are none"
-        raise SettingError("block-size", planner.block, problem, "leave it out, or give --eos-exact-counts")
-    if is_breakable_cudagraph_enabled():
-        problem = "the graph of a whole step would replay the unreduced forward pass"
-        raise SettingError("VLLM_USE_BREAKABLE_CUDAGRAPH", 1, problem, "unset it, and VLLM_BATCH_INVARIANT")
-    if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
-        problem = "the whole forward pass would be compiled, without its reduction"
-        raise SettingError("compilation-config.mode", 1, problem, "leave it out, or give 3 (VLLM_COMPILE)")
-    if vllm_config.ec_manager_config.get_encoder_cache_manager_obj() is not None:
-        problem = "the scheduler knows vLLM's own encoder cache manager only"
-        raise SettingError("ec-manager-config", "set", problem, "leave it out")
+    check_inside(vllm_config, planner)
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = _SCHEDULERS[bool(scheduler.async_scheduling)]
     compilation = vllm_config.compilation_config
@@ -374,13 +253,9 @@ def _install(vllm_config: Any) -> None:
 
     planner = planner_of(vllm_config)
     assert planner is not None
-    if vllm_config.model_config.get_multimodal_config().get_video_pruning_spec() is not None:
-        problem = "it numbers positions anew behind the vision tower, which the plan does not know of"
-        raise SettingError("video-pruning-rate", "set", problem, "leave it out")
+    check_everywhere(vllm_config)
     if planner.profile.before is not None:
-        _check_selection(vllm_config)
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise SettingError("VLLM_USE_RUST_FRONTEND", 1, "it does not check requests", "unset it")
+        check_selection(vllm_config)
     check_contract("front end")
     hand_to_processors(vllm_config)
     forget_model_classes()
@@ -395,31 +270,6 @@ def _install(vllm_config: Any) -> None:
         install_streamed_budget()
 
 
-def _check_selection(vllm_config: Any) -> None:
-    """What cannot go together with a selection before the decoder.
-
-    Raises:
-        SettingError: it was asked for.
-    """
-    from vllm.config import CUDAGraphMode
-
-    compilation, parallel = vllm_config.compilation_config, vllm_config.parallel_config
-    if compilation.cudagraph_mm_encoder:
-        problem = "the vision tower's graph would be replayed without the selection behind it"
-        raise SettingError("compilation-config.cudagraph_mm_encoder", True, problem, "leave it out")
-    if not vllm_config.model_config.uses_mrope:
-        return
-    # Where selected tokens stand is added to positions between embedding and forward pass.
-    if parallel.pipeline_parallel_size > 1:
-        problem = "with layer -1 later stages would not know where selected tokens stand"
-        raise SettingError("pipeline-parallel-size", parallel.pipeline_parallel_size, problem, "leave it out")
-    if parallel.enable_dbo:
-        raise SettingError("enable-dbo", True, "it splits a batch between embedding and forward pass", "leave it out")
-    if compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs():
-        # A chunk of one image token looks like a decode step, whose graph would leave its place out.
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
-
-
 def forget_model_classes() -> None:
     """Lets an engine with a profile start in a process, or a fork of one, that ran the same model without.
 
@@ -430,23 +280,6 @@ def forget_model_classes() -> None:
     from vllm.model_executor.model_loader import utils
 
     utils._MODEL_ARCH_BY_HASH.clear()
-
-
-def check_model(profile: Profile, model_config: Any) -> None:
-    """Whether ``profile`` fits the model, and whether reduction is proven for it.
-
-    Raises:
-        ProfileError: the profile was made for another model.
-        SettingError: the model is none that can be served with a profile.
-    """
-    from eos_vllm.core.profile import check_fits
-    from eos_vllm.models.geometry import geometry
-
-    host, config = host_of(model_config), model_config.hf_config
-    sizes = geometry(config)
-    check_fits(profile, sizes)
-    host.check_language_model(config)
-    host.check(profile, config)
 
 
 def _exit(error: EosError) -> NoReturn:
