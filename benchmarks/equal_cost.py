@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from benchmarks.engine_speed import REPEATS, REQUESTS, speeds
 from eos_search.accuracy import AVERAGE, Share, difference
 from eos_search.answerers import STOCK, Case, ReferenceAnswerer
 from eos_search.evaluation import evaluate
@@ -22,7 +23,7 @@ from eos_vllm import profiles
 from eos_vllm.analysis.comparison import measured_by
 from eos_vllm.cluttervqa import Row, read_rows
 from eos_vllm.cluttervqa.dataset import export
-from eos_vllm.core.budget import REQUEST_FIELD, kept_counts
+from eos_vllm.core.budget import kept_counts
 from eos_vllm.core.errors import BudgetError
 from eos_vllm.core.profile import Profile, parse_profile
 from eos_vllm.core.selectors import SELECTORS
@@ -32,7 +33,6 @@ from eos_vllm.provenance import machine_line
 from loadtests.origin import origin
 
 COSTS = (256, 192, 128, 64, 32, 16)
-REQUESTS, REPEATS = 48, 3
 # Selectors whose defaults are LLaVA-1.5's, or which one score does not describe.
 RULES: dict[str, dict[str, Any]] = {
     **{rule: {"rule": rule} for rule in SELECTORS if rule not in ("topk", "window_topk")},
@@ -107,63 +107,14 @@ def measure_accuracy(result: dict[str, Any], rows: list[Row], save: Any) -> None
 
 
 def measure_speed(result: dict[str, Any], rows: list[Row], save: Any) -> None:
-    """Adds what is missing of the speeds: each profile's engine between two of stock's, shared with its neighbours."""
+    """Adds what is missing of the speeds."""
     have = {entry["profile"] for entry in result["speed"]}
-    before: dict[int, list[float]] = {}
-    for name, profile in all_profiles().items():
-        if name in have or not (costs := reachable(profile)):
-            continue
-        before = before or run_engine(rows, None, costs)
-        ours, after = run_engine(rows, profile, costs), run_engine(rows, None, costs)
-        stock, before = before[0] + after[0], after
-        speeds = {str(cost): ours[cost] for cost in costs}
-        result["speed"].append({"profile": name, "stock": stock, "requests_per_second": speeds})
+    every = ((name, profile, reachable(profile)) for name, profile in all_profiles().items() if name not in have)
+    for entry in speeds(embedded.path(), rows, (one for one in every if one[2])):
+        result["speed"].append(entry)
         save()
-        print(f"{name}: stock {statistics.mean(stock):.1f}, ours {speeds}", flush=True)
-
-
-def run_engine(rows: list[Row], profile: Profile | None, costs: list[int]) -> dict[int, list[float]]:
-    """Requests per second of one engine with its own defaults, by cost; 0 stands for stock."""
-    from PIL import Image
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    extra: dict[str, Any] = {}
-    if profile is not None:
-        eos = {"profile": profile.to_dict(), "retain": max(costs), "exact_counts": True}
-        extra["additional_config"] = {"eos": eos}
-    llm: Any = LLM(str(embedded.path()), dtype="float32", max_model_len=2048, kv_cache_memory_bytes=256 << 20, **extra)
-    try:
-        chosen = rows[:: max(1, len(rows) // REQUESTS)][:REQUESTS]
-        images = [Image.open(row.image_files[0]).convert("RGB") for row in chosen]
-        found: dict[int, list[float]] = {}
-        for repeat in range(REPEATS + 1):
-            for cost in costs if profile is not None else [0]:
-                # Other pixels each time, so that nothing is cached.
-                shifted = [stamped(image, repeat * 1000 + cost) for image in images]
-                prompts = [
-                    {"prompt": f"USER: <image>\n{row.prompt} ASSISTANT:", "multi_modal_data": {"image": image}}
-                    for row, image in zip(chosen, shifted, strict=True)
-                ]
-                budget = {REQUEST_FIELD: cost} if cost else None
-                params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args=budget)
-                start = time.monotonic()
-                llm.generate(prompts, params, use_tqdm=False)
-                if repeat:  # the first round warms up
-                    found.setdefault(cost, []).append(round(len(prompts) / (time.monotonic() - start), 3))
-        return found
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-
-
-def stamped(image: Any, number: int) -> Any:
-    """The image with a number in its first pixels."""
-    copy = image.copy()
-    for i in range(4):
-        copy.putpixel((i, 0), ((number >> (8 * i)) & 255, number % 251, i))
-    return copy
+        stock, ours = statistics.mean(entry["stock"]), entry["requests_per_second"]
+        print(f"{entry['profile']}: stock {stock:.1f}, ours {ours}", flush=True)
 
 
 def table(result: dict[str, Any]) -> str:

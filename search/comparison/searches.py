@@ -127,6 +127,7 @@ class Found:
             "select": None if self.profile.selector is None else self.profile.selector.model_dump(),
             "costs": list(self.costs),
             "cpu_seconds": round(self.cpu_seconds, 1),
+            "theta": self.profile.to_dict(),
         }
 
 

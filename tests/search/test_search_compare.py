@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from search_cases import make_settings
 
+from benchmarks.served_comparison import begin, figure, table
 from eos_search.accuracy import AVERAGE
 from eos_search.comparison.searches import Plan, at_reachable_costs
 from eos_search.comparison.summary import against_best, by_method, tables
 from eos_search.discrimination import WITHOUT
 from eos_search.main import main
 from eos_search.plots.comparison import comparison_figure
-from eos_search.raw import read_result
+from eos_search.raw import digest, read_result
 from eos_vllm import profiles
 from eos_vllm.core.budget import kept_counts, layer_average
 from eos_vllm.core.errors import EosError, SettingError
-from eos_vllm.core.profile import read_profile
+from eos_vllm.core.profile import parse_profile, read_profile
 
 COST = {
     "select": "uniform", "budget": 12, "budget_measure": "layer_average", "constraint": "lagrangian", "steps": 2,
@@ -145,6 +146,24 @@ def test_a_comparison_from_end_to_end(small_path: Path, tmp_path: Path, capsys: 
         assert re.search(match, capsys.readouterr().err)
     assert main(["compare", "--table", str(out)]) == 0
     assert capsys.readouterr().out.startswith("| ")
+    check_served(result, small_path)
+
+
+def check_served(result: dict[str, Any], model: Path) -> None:
+    """The same profiles served: what is asked, and what its table and figure say of made-up speeds."""
+    with pytest.raises(SettingError, match="it is not here"):
+        begin(result, None)
+    served = begin(result, model)
+    for number, (entry, run) in enumerate(zip(served["profiles"], result["runs"], strict=True), start=2):
+        assert digest(parse_profile(entry["theta"])) == run["does"]
+        assert list(entry["accuracy"]) == [str(cost) for cost in run["costs"]]
+        ours = {cost: [1.5 * number, 2.5 * number] for cost in entry["accuracy"]}
+        served["speed"].append({"profile": entry["profile"], "stock": [1.0, 3.0], "requests_per_second": ours})
+    rows = table(served).splitlines()
+    assert [line.count("; 2.00x") for line in rows[4:]] == [2, 0]
+    assert [line.count("; 3.00x") for line in rows[4:]] == [0, 2]
+    _, data = figure(served)
+    assert {p["over_stock"] for p in data["profiles"]["random-s0"]} == {3.0}
 
 
 def test_what_would_not_be_fair_is_refused(small_path: Path, tmp_path: Path) -> None:

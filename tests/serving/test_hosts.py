@@ -16,8 +16,8 @@ from eos_vllm.core.plan import ImageSpan
 from eos_vllm.core.profile import parse_profile
 from eos_vllm.core.selectors.fixed import Uniform
 from eos_vllm.models.image_sizes import image_tokens
-from eos_vllm.serving.model_facts import most_tokens
 from eos_vllm.serving.hosts import FAMILIES, host_of, model_classes
+from eos_vllm.serving.model_facts import most_tokens
 from eos_vllm.serving.options import planner_of
 from eos_vllm.serving.plan_endpoint import size_counter
 from support.families import build
