@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eos_vllm.cluttervqa import SPLITS
+from eos_vllm.cluttervqa import SPLITS, VERSIONS, version_of
 from eos_vllm.core.budget import parse_tokens
 from eos_vllm.core.errors import EosError, SettingError
 
@@ -18,6 +18,7 @@ STUDIES = {
     "operator": ("each operator parameter of each reducer (Fig. 6)", "192,64,16"),
     "budgets": ("several profiles at several budgets (Fig. 7, Table 8)", "192,128,96,64,32,16"),
     "robustness": ("reducers moved and removed (Table 9)", "16"),
+    "reading": ("images withdrawn behind each layer: where a model reads them", "1"),
 }
 
 
@@ -33,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
             _add_alignment(study)
         elif name == "budgets":
             study.add_argument("--profiles", required=True, help="comma-separated names or paths")
-        else:
+        elif name != "reading":
             study.add_argument("--profile", required=True, help="the profile that is varied: a path or a shipped name")
         if name == "placement":
             study.add_argument("--stride", type=int, default=1, metavar="N", help="take every N-th layer")
@@ -64,6 +65,9 @@ def _add_evaluation(study: argparse.ArgumentParser, budgets: str) -> None:
     study.add_argument("--model", default=None, help="model directory (default: the embedded model)")
     study.add_argument("--rows", type=Path, default=None, help="JSONL of questions instead of ClutterVQA")
     study.add_argument("--split", choices=SPLITS, default="test", help="split of ClutterVQA (default: %(default)s)")
+    study.add_argument(
+        "--benchmark-version", type=int, choices=tuple(VERSIONS), default=1, help="of ClutterVQA (default: %(default)s)"
+    )
     study.add_argument("--images", type=int, default=100, help="images of it (default: %(default)s)")
     study.add_argument("--per-kind", type=int, default=None, help="at most so many questions of each kind")
     study.add_argument("--max-tokens", type=int, default=8, help="longest answer (default: %(default)s)")
@@ -73,12 +77,14 @@ def _add_evaluation(study: argparse.ArgumentParser, budgets: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the study that was asked for, and prints its table."""
-    from eos_search.ablations.tables import study_table
+    from eos_search.ablations.tables import reading_depth, study_table
     from eos_search.ablations.variants import BASE
 
     result = measure(args)
     names = {case["profile"] for case in result["cases"]}
     print(study_table(result, against=BASE if BASE in names else ""))
+    if args.study == "reading":
+        print(f"\nhalf of what an image is worth is read by layer {reading_depth(result)}")
     if args.out:
         print(f"wrote {args.out}", file=sys.stderr)
     return 0
@@ -101,7 +107,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     budgets = [None] if args.budgets == "own" else [parse_tokens(b, "--budgets") for b in args.budgets.split(",")]
     study = make_study(args)
     with tempfile.TemporaryDirectory(prefix="eos-rows-") as folder:
-        file = args.rows or export(folder, args.split, args.images)
+        version = version_of(args.benchmark_version)
+        file = args.rows or export(folder, args.split, args.images, version=version.number)
         rows = read_rows(file)
         check_fields(EXACT, rows, Path(file).name)
         rows = limit(rows, args.per_kind)
@@ -112,7 +119,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "model": Path(args.model).name if args.model else EMBEDDED,
             "weights": weights_digest(args.model or model_path(EMBEDDED)),
             "max_tokens": args.max_tokens,
-            "benchmark": {"source": args.rows.name if args.rows else f"ClutterVQA {args.split}", "images": args.images},
+            "benchmark": {
+                "source": args.rows.name if args.rows else f"{version.title} {args.split}",
+                "images": args.images,
+            },
             "chance": chance(rows),
         }
         answerer = ReferenceAnswerer(args.model or model_path(EMBEDDED), args.max_tokens, args.processes)
@@ -132,13 +142,19 @@ def make_study(args: argparse.Namespace) -> Any:
     """
     from eos_search.ablations import variants
     from eos_search.ablations.study import Study
+    from eos_search.frozen import EMBEDDED, model_sizes
     from eos_vllm import profiles
+    from eos_vllm.core.profile import ModelSpec
 
     if args.study == "alignment":
         return _alignment(args)
     if args.study == "budgets":
         named = [profiles.resolve(name.strip()) for name in args.profiles.split(",")]
         return Study("budgets", tuple(variants.Variant(p.name, p, {"layers": list(p.layers)}) for p in named))
+    if args.study == "reading":
+        sizes = model_sizes(args.model or EMBEDDED)
+        fields = {name: getattr(sizes, name) for name in ("architecture", "num_decoder_layers", "visual_tokens")}
+        return Study("reading", tuple(variants.reading_variants(ModelSpec(**fields))))
     base = profiles.resolve(args.profile)
     if args.study == "placement":
         if args.stride < 1:

@@ -15,6 +15,7 @@ _FIGURES = {
     "placement": "accuracy over the places of the reducers, and their heat map (Fig. 5)",
     "operator": "accuracy over each operator parameter (Fig. 6)",
     "robustness": "points lost by reducers moved and removed (Table 9)",
+    "reading": "accuracy over the layer behind which images are withdrawn",
     "budgets": "accuracy against the budget (Fig. 7)",
     "margin": "points of one profile over another at each budget (Fig. 7d)",
     "gradients": "estimators of the gradient of counts, and differences of the hard loss",
@@ -22,7 +23,7 @@ _FIGURES = {
     "profile": "visual tokens by layer and operators of a profile",
     "patches": "patches that a profile keeps, drawn over an image",
 }
-_STUDIES = ("alignment", "placement", "operator", "robustness")
+_STUDIES = ("alignment", "placement", "operator", "robustness", "reading")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
         figure = made[name] = figures.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name in (*_STUDIES, "budgets", "margin"):
             figure.add_argument("--raw", type=Path, required=True, help="raw result of eos-search ablate or evaluate")
-        if name in ("placement", "operator", "robustness"):
+        if name in ("placement", "operator", "robustness", "reading"):
             figure.add_argument("--kind", default="average", help="kind of question (default: %(default)s)")
         if name in ("margin", "profile", "patches"):
             figure.add_argument("--profile", required=True, help="name or path; in margin the name in the result")

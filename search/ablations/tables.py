@@ -43,6 +43,25 @@ def differences_to(result: Mapping[str, Any], name: str) -> dict[tuple[str, int 
     return found
 
 
+def reading_depth(result: Mapping[str, Any], kind: str = AVERAGE) -> int:
+    """The first layer behind which images may go for less than half of what they are worth.
+
+    They are worth what all tokens have above chance, or where chance is not known, above the worst layer.
+
+    Args:
+        result: raw result of the study ``reading``.
+        kind: kind of question.
+
+    Returns:
+        The layer; the last one of the model where all others lose more than half.
+    """
+    behind = {case["layer"]: case["accuracy"][kind]["value"] for case in result["cases"] if "layer" in case}
+    whole = next(case["accuracy"][kind]["value"] for case in result["cases"] if case["profile"] == STOCK)
+    nothing = result.get("chance", {}).get(kind, min(behind.values()))
+    enough = [layer for layer in sorted(behind) if behind[layer] - nothing > (whole - nothing) / 2]
+    return enough[0] if enough else max(behind) + 1
+
+
 def study_table(result: Mapping[str, Any], kind: str = AVERAGE, against: str = BASE) -> str:
     """A row for each variant: accuracy at each budget, and where ``against`` is a case, the points that it lacks to it.
 

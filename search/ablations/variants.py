@@ -11,7 +11,7 @@ from typing import Any
 
 from eos_search.theta import default_placement
 from eos_vllm.core.errors import ProfileError
-from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.core.profile import SCHEMA, ModelSpec, Profile, parse_profile
 
 BASE = "base"
 # What Fig. 6 sweeps, from one end of each range to the other; the paper doesn't print its own values.
@@ -159,6 +159,22 @@ def robustness_variants(profile: Profile) -> list[Variant]:
         if any(reducer.retain < 1 for reducer in left.reducers):
             about = {"layers": list(left.layers), "note": f"reducer {k + 1} removed"}
             found.append(Variant(placement_label(left.layers), left, about))
+    return found
+
+
+def reading_variants(model: ModelSpec) -> list[Variant]:
+    """All visual tokens withdrawn behind each layer but the last, and nothing reduced in front of it."""
+    found = []
+    for layer in range(model.num_decoder_layers - 1):
+        data = {
+            "schema": SCHEMA,
+            "name": f"behind layer {layer}",
+            "model": model.model_dump(),
+            "importance": {"queries": "image"},
+            "reducers": [{"layer": layer, "withdraw": True}],
+            "budget": {"measure": "final", "tokens": 1},
+        }
+        found.append(Variant(f"behind layer {layer}", parse_profile(data, "reading"), {"layer": layer}))
     return found
 
 

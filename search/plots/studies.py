@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from eos_search.ablations.tables import differences_to
+from eos_search.ablations.tables import differences_to, reading_depth
 from eos_search.ablations.variants import BASE, GRID, placement_label
 from eos_search.accuracy import AVERAGE
 from eos_search.plots.canvas import (
@@ -168,6 +168,25 @@ def robustness_figure(result: Mapping[str, Any], kind: str = AVERAGE) -> tuple[F
             for name, s in zip(names, shares, strict=True)
         ]
     return figure, data
+
+
+def reading_figure(result: Mapping[str, Any], kind: str = AVERAGE) -> tuple[Figure, dict[str, Any]]:
+    """Accuracy over the layer behind which images are withdrawn, a line per kind; the dotted line is the reading depth.
+
+    Returns:
+        The figure, and its data.
+    """
+    cases = _cases(result, "reading")
+    kinds = [kind, *(other for other in cases[0]["accuracy"] if other != kind)]
+    figure, (axis,) = panels(1, 1, width=6.0, height=3.6)
+    lines = [_line(name, [(case["layer"], case) for case in cases if "layer" in case], name) for name in kinds]
+    draw(axis, lines)
+    stock_line(axis, cases, kind)
+    axis.axvline(depth := reading_depth(result, kind), color="grey", linestyle=":", linewidth=1)
+    axis.set(xlabel="images withdrawn behind layer", ylabel=_WITH_RANGE)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(fontsize=7)
+    return figure, {"figure": "reading", "kind": kind, "depth": depth, "lines": [line.to_dict() for line in lines]}
 
 
 def _cases(result: Mapping[str, Any], study: str) -> list[dict[str, Any]]:

@@ -282,6 +282,19 @@ def test_robustness_runs_on_a_model(
     assert "| {1} |" in capsys.readouterr().out
 
 
+def test_reading_runs_on_a_model(
+    on_the_small_model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "reading.json"
+    argv = ["ablate", "reading", "--benchmark-version", "2", "--out", str(out), *on_the_small_model["flags"].split()]
+    assert main(argv) == 0
+    result = json.loads(out.read_text())
+    assert [case.get("layer") for case in result["cases"]] == [None, 0, 1, 2, 3, 4]
+    assert all(case["kept"] == [0] for case in result["cases"][1:])
+    assert result["benchmark"]["source"] == "ClutterVQA 2 test"
+    assert "is read by layer" in capsys.readouterr().out
+
+
 def test_alignment_searches_and_evaluates(
     on_the_small_model: dict[str, str], small_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

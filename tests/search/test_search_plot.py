@@ -6,23 +6,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ablation_cases import make_profile, study_result
+from ablation_cases import FakeAnswerer, make_profile, make_rows, study_result
 from PIL import Image
 from search_cases import make_settings
 
+from eos_search.ablations.study import Study, run_study
+from eos_search.ablations.tables import reading_depth
 from eos_search.ablations.variants import (
     Variant,
     base_variant,
     operator_variants,
     placement_variants,
+    reading_variants,
     robustness_variants,
 )
+from eos_search.answerers import Case
 from eos_search.main import main
 from eos_search.plots.budgets import margin_figure
 from eos_search.plots.equivalence import equivalence_figure, gaussian_checks
 from eos_search.plots.patches import kept_patches, seen_picture, shade
 from eos_search.plots.search import profile_figure, search_figure, trajectory
-from eos_search.plots.studies import alignment_figure, operator_figure, placement_figure, robustness_figure
+from eos_search.plots.studies import (
+    alignment_figure,
+    operator_figure,
+    placement_figure,
+    reading_figure,
+    robustness_figure,
+)
 from eos_search.reference import ReferenceModel
 from eos_search.run import run_search
 from eos_search.run_folder import read_records
@@ -136,6 +146,25 @@ def test_robustness_shows_paired_points() -> None:
     assert found["{1,2}"]["low"] <= found["{1,2}"]["value"] <= found["{1,2}"]["high"]
     assert "base" not in found
     assert len(figure.axes) == 2
+
+
+def test_where_a_model_reads() -> None:
+    """Of 24 questions with two answers each 12 + 2 layers are right behind a layer: half of 12 from layer 3 on."""
+    variants = reading_variants(make_profile().model)
+
+    def right(case: Case) -> int:
+        return 24 if case.profile is None else 12 + 2 * case.profile.layers[0] + (case.profile.layers[0] == 3)
+
+    study, header = Study("reading", tuple(variants)), {"model": "fake", "max_tokens": 8, "chance": {"average": 0.5}}
+    made = run_study(study, [1], make_rows(), FakeAnswerer(right), header, None, lambda _: lambda _n: None)
+    assert [case.get("kept") for case in made["cases"][1:]] == [[0]] * 5
+    assert reading_depth(made) == 3
+    figure, data = reading_figure(made)
+    assert data["depth"] == 3
+    assert [point["x"] for point in data["lines"][0]["points"]] == [0, 1, 2, 3, 4]
+    assert len(figure.axes) == 1
+    never = {**made, "cases": [case for case in made["cases"] if case.get("layer", 0) < 3]}
+    assert reading_depth(never) == 3
 
 
 def test_a_study_is_not_taken_for_another() -> None:
