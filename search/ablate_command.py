@@ -24,7 +24,7 @@ STUDIES = {
 
 def add_parser(subparsers: Any) -> None:
     """Registers ``ablate`` with a subcommand for each study."""
-    from eos_search.gradients_command import add_study
+    from eos_search import gradients_command, planted_command
 
     parser = subparsers.add_parser("ablate", help="the paper's studies: alignment, placement, operator, budgets, ...")
     studies = parser.add_subparsers(dest="study", metavar="STUDY", required=True)
@@ -48,7 +48,8 @@ def add_parser(subparsers: Any) -> None:
             )
         _add_evaluation(study, budgets)
         study.set_defaults(run=run)
-    add_study(studies)
+    gradients_command.add_study(studies)
+    planted_command.add_study(studies)
 
 
 def _add_alignment(study: argparse.ArgumentParser) -> None:

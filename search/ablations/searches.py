@@ -69,7 +69,7 @@ def run_searches(
     for search in searches:
         say(f"search {search.label}: {search.settings.output}")
         try:
-            profile = _profile(search.settings, quiet)
+            profile = profile_of(search.settings, quiet)
         except EosError as error:
             if error.field != _NO_REDUCER:
                 raise
@@ -79,7 +79,12 @@ def run_searches(
     return variants, failed
 
 
-def _profile(settings: SearchSettings, quiet: bool) -> Profile:
+def profile_of(settings: SearchSettings, quiet: bool) -> Profile:
+    """What a search found: read where it has ended, gone on with where it was stopped.
+
+    Raises:
+        EosError: as :func:`eos_search.run.run_search`; the folder holds a search of other settings.
+    """
     output = settings.output
     begun = (output / SETTINGS).exists()
     if begun and (output / THETA).exists():
