@@ -240,7 +240,7 @@ def test_searches_that_find_nothing_are_told_and_others_go_on(tmp_path: Path, mo
             raise SettingError("data", "x", "is empty", "give other data")
         return make_profile()
 
-    monkeypatch.setattr(searches, "_profile", search)
+    monkeypatch.setattr(searches, "profile_of", search)
     settings = make_settings(tmp_path / "model", tmp_path)
     told: list[str] = []
     found, failed = run_searches(alignment_searches(settings, tmp_path, (0.0, 0.1)), told.append)
