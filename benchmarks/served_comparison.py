@@ -21,7 +21,7 @@ from benchmarks.engine_speed import REPEATS, REQUESTS, speeds
 from eos_search.accuracy import AVERAGE, Share
 from eos_search.answerers import STOCK
 from eos_search.plots.canvas import MARKS, STYLE, panels, save
-from eos_search.raw import digest
+from eos_search.raw import digest, weights_digest
 from eos_vllm.cluttervqa import export, read_rows
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import parse_profile
@@ -32,14 +32,8 @@ from loadtests.origin import origin
 _IMAGES = 60
 
 
-def begin(comparison: Mapping[str, Any], model: Path | None) -> dict[str, Any]:
-    """A result without speeds: what is to be served, and how well it answers.
-
-    Raises:
-        SettingError: the comparison is of another model.
-    """
-    if model is None and comparison["model"] != "embedded":
-        raise SettingError("model", comparison["model"], "it is not here", "name its directory by --model")
+def begin(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without speeds: what is to be served, and how well it answers."""
     cases = {(case["profile"], case["does"], case["budget"]): case["accuracy"][AVERAGE] for case in comparison["cases"]}
     stock = next(case for case in comparison["cases"] if case["profile"] == STOCK)
     profiles = [
@@ -52,6 +46,7 @@ def begin(comparison: Mapping[str, Any], model: Path | None) -> dict[str, Any]:
     return {
         "provenance": origin(seed=0),
         "model": comparison["model"],
+        "weights": comparison["weights"],
         "version": comparison["benchmark"].get("version", 1),
         "questions": len(comparison["rows"]),
         "requests": REQUESTS,
@@ -66,8 +61,12 @@ def measure(result: dict[str, Any], model: Path, keep: Any) -> None:
     """Adds the speeds that are missing; ``keep`` is called behind each.
 
     Raises:
-        SettingError: a profile does not do what the one that was compared did.
+        SettingError: another model than the one that was compared, or a profile that does not do what it did there.
     """
+    if weights_digest(model) != result["weights"]:
+        raise SettingError(
+            "model", str(model), f"it is not {result['model']}, which was compared", "name its directory"
+        )
     have = {entry["profile"] for entry in result["speed"]}
     wanted = []
     for entry in result["profiles"]:
@@ -161,7 +160,12 @@ def main() -> int:
         result = common.read(args.table)
     else:
         common.engines_in_process()
-        result = common.read(args.out) if args.out.exists() else begin(common.read(args.comparison), args.model)
+        result = begin(common.read(args.comparison))
+        if args.out.exists():
+            earlier = common.read(args.out)
+            if earlier["profiles"] != result["profiles"]:
+                raise SettingError("out", str(args.out), "it is of another comparison", "name another file")
+            result = earlier
         measure(result, args.model or embedded.path(), lambda: common.write(args.out, result))
     print(table(result))
     if args.figure:

@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
     result = measure(args)
     names = {case["profile"] for case in result["cases"]}
     print(study_table(result, against=BASE if BASE in names else ""))
-    if args.study == "reading":
-        print(f"\nhalf of what an image is worth is read by layer {reading_depth(result)}")
     if args.out:
         print(f"wrote {args.out}", file=sys.stderr)
+    if args.study == "reading":
+        print(f"\nhalf of what an image is worth is read by layer {reading_depth(result)}")
     return 0
 
 

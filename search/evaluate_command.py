@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     wanted = [] if args.table else named_cases(args)
     if wanted and not (args.out and args.out.is_file()):  # a file may hold what is not asked for now
-        _check_against(args.against, {case.name for case in wanted if case.budget})
+        _check_against(args.against, {case.name for case in wanted if case.profile is not None})
     result = measure(args, wanted) if wanted else read_result(args.table)
     if result.get("benchmark", {}).get("version", 1) > 1:
         result = with_both_means(result)

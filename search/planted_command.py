@@ -57,6 +57,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if not all(part.strip().isdigit() for part in args.seeds.split(",")):
         raise SettingError("seeds", args.seeds, "these are no seeds", "give whole numbers, such as 0,1,2")
     seeds = [int(part) for part in args.seeds.split(",")]
+    if len(set(seeds)) < len(seeds):
+        raise SettingError("seeds", args.seeds, "one stands there twice", "give each once")
     config = read_config(args.config)
     told = [_reading(model, file) for model, file in zip(models, readings, strict=True)]
     found = []
@@ -85,10 +87,15 @@ def _reading(model: Path, file: Path) -> dict[str, Any]:
 
 
 def _search(settings: Any, depth: int) -> dict[str, Any]:
-    from eos_search.ablations.searches import profile_of
+    from eos_search.ablations.searches import NO_REDUCER, profile_of
     from eos_search.run_folder import RUN, read_records
 
-    profile = profile_of(settings, quiet=False)
+    try:
+        profile = profile_of(settings, quiet=False)
+    except EosError as error:
+        if error.field != NO_REDUCER:
+            raise
+        return {"seed": settings.seed, "failed": str(error)}
     records = read_records(settings.output)
     first = min(reducer.layer for reducer in profile.inside)
     spent = json.loads((settings.output / RUN).read_text(encoding="utf-8"))
@@ -117,9 +124,11 @@ def table(result: Mapping[str, Any]) -> str:
     lines = ["| model | reads by layer | seed | start | first reducer | apart |", "| --- |" + " --- |" * 5]
     for about in result["models"]:
         for one in about["searches"]:
-            start = ", ".join(map(str, one["start"]))
-            shown = (about["model"], about["depth"], one["seed"], start, one["first"], f"{one['apart']:+d}")
+            where = ("", "none", "")
+            if "first" in one:
+                where = (", ".join(map(str, one["start"])), one["first"], f"{one['apart']:+d}")
+            shown = (about["model"], about["depth"], one["seed"], *where)
             lines.append("| " + " | ".join(map(str, shown)) + " |")
-    every = [one["apart"] for about in result["models"] for one in about["searches"]]
-    near = sum(abs(apart) <= NEAR for apart in every)
+    every = [one.get("apart") for about in result["models"] for one in about["searches"]]
+    near = sum(apart is not None and abs(apart) <= NEAR for apart in every)
     return "\n".join([*lines, "", f"{near} of {len(every)} within {NEAR} layer"])

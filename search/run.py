@@ -122,17 +122,7 @@ def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> Sea
     theta, rules, data = ready.theta, ready.rules, ready.data
     trainer = Trainer(theta, rules, ready.objective, settings, accelerator)
     first = folder.load(accelerator)
-    relaxation = Relaxation(
-        settings.boundary_sharpness,
-        "gate" not in settings.frozen,
-        settings.checkpointing,
-        ready.frozen.flash_reference,
-        keep_estimator(settings.keep_estimator, settings.boundary_sharpness, settings.keep_width, settings.keep_every),
-        Differences(settings.keep_width, settings.keep_every),
-        settings.gate_tries,
-    )
-    model = RelaxedModel(ready.frozen.model, rules, relaxation)
-    task = ModelTask(model, ready.objective, ready.objective.visual_tokens, settings.cache_mib << 20)
+    task = _task(ready)
     sampler = StepSampler(
         len(data.rows),
         settings.batch_size,
@@ -160,7 +150,7 @@ def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> Sea
 
     note_spent()
     folder.open(first)
-    skipped = 0
+    skipped, paused = 0, False
     try:
         with stop_signals() as asked, tqdm(total=settings.steps, initial=first, disable=_no_bar(say)) as bar:
             for step, batch in enumerate(loader, start=first):
@@ -173,25 +163,44 @@ def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> Sea
                 folder.record(_record(step, result, values))
                 _show(bar, step, settings.steps, result, say)
                 done = step + 1
-                if (result.stop or done == pause) and done < settings.steps:
+                ended = done == settings.steps
+                paused = done == pause and not ended
+                if result.stop or paused or ended or done % settings.checkpoint_every == 0:
                     folder.save(accelerator, done)
                     note_spent()
-                    raise Interrupted(done) if result.stop else Paused
-                if done % settings.checkpoint_every == 0 or done == settings.steps:
-                    folder.save(accelerator, done)
-                    note_spent()
+                if result.stop and not ended:
+                    raise Interrupted(done)
+                if paused:
+                    break  # so that the data loader's processes end
     finally:
         folder.close()
     if skipped:
         say(f"{skipped} times a row was skipped because its image could not be decoded")
     if first < settings.steps:
         note_spent()  # the data loader's processes have ended, and count now
+    if paused:
+        raise Paused
     records = read_records(folder.path)
     theta.gate_scale = theta.ranges.gate_scale
     profile = searched_profile(theta, rules, settings.name, search_provenance(settings, data, records))
     if accelerator.is_main_process:
         write_json(folder.theta, profile.to_dict())
     return SearchResult(profile, folder.theta, records)
+
+
+def _task(ready: _Ready) -> ModelTask:
+    settings = ready.settings
+    relaxation = Relaxation(
+        settings.boundary_sharpness,
+        "gate" not in settings.frozen,
+        settings.checkpointing,
+        ready.frozen.flash_reference,
+        keep_estimator(settings.keep_estimator, settings.boundary_sharpness, settings.keep_width, settings.keep_every),
+        Differences(settings.keep_width, settings.keep_every),
+        settings.gate_tries,
+    )
+    model = RelaxedModel(ready.frozen.model, ready.rules, relaxation)
+    return ModelTask(model, ready.objective, ready.objective.visual_tokens, settings.cache_mib << 20)
 
 
 def _record(step: int, result: StepResult, values: list[list[float]] | None) -> dict[str, Any]:

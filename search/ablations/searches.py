@@ -14,7 +14,7 @@ from eos_vllm.core.profile import Profile, read_profile
 # The paper's sweep (section 4.1).
 LAMBDAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 CE_OFF = "CE off"
-_NO_REDUCER = "gate_threshold"
+NO_REDUCER = "gate_threshold"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run_searches(
         try:
             profile = profile_of(search.settings, quiet)
         except EosError as error:
-            if error.field != _NO_REDUCER:
+            if error.field != NO_REDUCER:
                 raise
             failed[search.label] = str(error)
             continue

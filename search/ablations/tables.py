@@ -9,6 +9,7 @@ from eos_search.accuracy import AVERAGE, Share, difference
 from eos_search.answerers import STOCK
 from eos_search.scorers import scorer_of
 from eos_vllm.cluttervqa import Row
+from eos_vllm.core.errors import EosError
 
 
 def result_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -54,10 +55,16 @@ def reading_depth(result: Mapping[str, Any], kind: str = AVERAGE) -> int:
 
     Returns:
         The layer; the last one of the model where all others lose more than half.
+
+    Raises:
+        EosError: images are worth nothing.
     """
     behind = {case["layer"]: case["accuracy"][kind]["value"] for case in result["cases"] if "layer" in case}
     whole = next(case["accuracy"][kind]["value"] for case in result["cases"] if case["profile"] == STOCK)
     nothing = result.get("chance", {}).get(kind, min(behind.values()))
+    if whole <= nothing:
+        problem = f"with all tokens {100 * whole:.1f} % are right, without any {100 * nothing:.1f} %"
+        raise EosError("reading", result.get("model"), problem, "take a model that reads its images")
     enough = [layer for layer in sorted(behind) if behind[layer] - nothing > (whole - nothing) / 2]
     return enough[0] if enough else max(behind) + 1
 

@@ -60,6 +60,7 @@ class OneKnob:
         self.found: list[Outcome] = []
         # What each candidate was made from, by what it does: its own shares are rounded to whole tokens.
         self.drafts: dict[str, Profile] = {}
+        self.known: set[str] = set()
         self.stages = iter((self._rules, self._transfers, self._schedules))
 
     def propose(self) -> list[Candidate]:
@@ -71,8 +72,11 @@ class OneKnob:
                     met = at_costs(profile, self.costs)
                 except BudgetError:  # one that withdraws an image cannot cost as much as others
                     continue
-                if (does := digest(met)) not in self.drafts:
-                    self.drafts[does] = profile
+                # Another least count that changes none is no other candidate.
+                same = digest(_with_minimum(met, 1))
+                if same not in self.known:
+                    self.known.add(same)
+                    self.drafts[digest(met)] = profile
                     group.append(Candidate(met, about))
             if group:
                 random.Random(f"one-knob/{self.seed}").shuffle(group)

@@ -101,15 +101,18 @@ class OpponentSettings:
             raise SettingError("questions", questions, "is below 1", "give 1 or more")
 
     def check_model(self, visual_tokens: int) -> None:
-        """Whether the costs are those of a reduction.
+        """Whether the costs are those of a reduction, and the minimums possible.
 
         Raises:
-            SettingError: one is below 1, or not below what an image has.
+            SettingError: a cost is below 1, or not below what an image has; or a minimum is above that.
         """
         for cost in self.costs:
             if not 1 <= cost < visual_tokens:
                 problem = f"an image has {visual_tokens} visual tokens"
                 raise SettingError("cost", cost, problem, f"give 1 to {visual_tokens - 1}")
+        if self.minimums[-1] > visual_tokens:
+            problem = f"an image has {visual_tokens} visual tokens"
+            raise SettingError("minimums", self.minimums[-1], problem, f"give 1 to {visual_tokens}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without folders of the machine."""

@@ -14,7 +14,7 @@ from eos_search.ablate_command import STUDIES, parse_grid
 from eos_search.ablations import searches
 from eos_search.ablations.searches import CE_OFF, LAMBDAS, alignment_searches, run_searches
 from eos_search.ablations.study import Study, run_study, study_cases
-from eos_search.ablations.tables import differences_to, reading_depth, study_table
+from eos_search.ablations.tables import differences_to, study_table
 from eos_search.ablations.variants import (
     BASE,
     GRID,
@@ -28,7 +28,7 @@ from eos_search.ablations.variants import (
     without,
 )
 from eos_search.main import main
-from eos_search.planted_command import moves
+from eos_search.planted_command import moves, table
 from eos_search.raw import digest
 from eos_vllm.core.budget import kept_counts
 from eos_vllm.core.errors import EosError, ProfileError, SettingError
@@ -288,12 +288,12 @@ def test_reading_runs_on_a_model(
 ) -> None:
     out = tmp_path / "reading.json"
     argv = ["ablate", "reading", "--benchmark-version", "2", "--out", str(out), *on_the_small_model["flags"].split()]
-    assert main(argv) == 0
+    assert main(argv) == 2
+    assert "take a model that reads its images" in capsys.readouterr().err, "this one answers at random"
     result = json.loads(out.read_text())
     assert [case.get("layer") for case in result["cases"]] == [None, 0, 1, 2, 3, 4]
     assert all(case["kept"] == [0] for case in result["cases"][1:])
     assert result["benchmark"]["source"] == "ClutterVQA 2 test"
-    assert "is read by layer" in capsys.readouterr().out
 
 
 def test_planted_searches_where_models_read(
@@ -303,18 +303,21 @@ def test_planted_searches_where_models_read(
     settings = make_settings(small_path, tmp_path / "unused", steps=1, samples=4, batch_size=1, placement=(2,))
     config.write_text(json.dumps(settings.to_dict()))
     flags = on_the_small_model["flags"].split()
-    assert main(["ablate", "reading", "--out", str(reading), *flags]) == 0
+    assert main(["ablate", "reading", "--out", str(reading), *flags]) == 2
+    told = json.loads(reading.read_text())
+    for case in told["cases"]:
+        case["accuracy"]["average"]["value"] = 1.0 if case.get("layer", 9) > 2 else 0.4
+    reading.write_text(json.dumps(told | {"chance": {"average": 0.3}}))
     argv = ["ablate", "planted", "--config", str(config), "--models", str(small_path), "--reading", str(reading)]
     argv += ["--seeds", "0,1", "--runs", str(tmp_path / "runs"), "--out", str(out)]
     assert main(argv) == 0
     (found,) = json.loads(out.read_text())["models"]
-    depth = reading_depth(json.loads(reading.read_text()))
-    assert found["depth"] == depth
-    assert [(one["seed"], one["start"], one["apart"]) for one in found["searches"]] == [
-        (0, [2], 2 - depth),
-        (1, [2], 2 - depth),
-    ]
-    assert f"{2 * (abs(2 - depth) <= 1)} of 2 within 1 layer" in capsys.readouterr().out
+    assert found["depth"] == 3
+    assert [(one["seed"], one["start"], one["apart"]) for one in found["searches"]] == [(0, [2], -1), (1, [2], -1)]
+    assert "2 of 2 within 1 layer" in capsys.readouterr().out
+    found["searches"][0] = {"seed": 0, "failed": "no layer reduces"}
+    assert table({"models": [found]}).splitlines()[2].endswith("| 3 | 0 |  | none |  |")
+    assert table({"models": [found]}).endswith("1 of 2 within 1 layer")
     assert moves([{"step": s, "acting": a} for s, a in enumerate(([1], [1], [2], [2]))]) == [
         {"step": 0, "acting": [1]},
         {"step": 2, "acting": [2]},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from search_cases import make_settings
 
-from benchmarks.served_comparison import begin, figure, table
+from benchmarks.served_comparison import begin, figure, measure, table
 from eos_search.accuracy import AVERAGE
 from eos_search.comparison.searches import Plan, at_reachable_costs
 from eos_search.comparison.summary import against_best, by_method, tables
@@ -151,9 +151,9 @@ def test_a_comparison_from_end_to_end(small_path: Path, tmp_path: Path, capsys: 
 
 def check_served(result: dict[str, Any], model: Path) -> None:
     """The same profiles served: what is asked, and what its table and figure say of made-up speeds."""
-    with pytest.raises(SettingError, match="it is not here"):
-        begin(result, None)
-    served = begin(result, model)
+    served = begin(result)
+    with pytest.raises(SettingError, match="it is not small, which was compared"):
+        measure({**served, "model": "small"}, model.parent, lambda: None)
     for number, (entry, run) in enumerate(zip(served["profiles"], result["runs"], strict=True), start=2):
         assert digest(parse_profile(entry["theta"])) == run["does"]
         assert list(entry["accuracy"]) == [str(cost) for cost in run["costs"]]

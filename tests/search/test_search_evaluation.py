@@ -125,6 +125,10 @@ def test_a_stopped_evaluation_goes_on_from_its_file(tmp_path, tiny_model, capsys
     with pytest.raises(EosError, match=r"--against=.nothing.: is not among .*; give one of embedded-pool"):
         run(arguments("--profiles", "none,embedded-pool", "--budgets", "16", "--against", "nothing", *common))
     assert not fresh.exists(), "it was refused before anything was asked"
+    assert (
+        run(arguments("--profiles", "none,embedded-pool", "--budgets", "own", "--against", "embedded-pool", *common))
+        == 0
+    )
     common[3], common[-1] = "3", str(out)
     with pytest.raises(EosError, match="another fingerprint"):
         run(arguments("--profiles", "none", *common))

@@ -145,6 +145,8 @@ def test_a_race_leaves_the_best_third_to_go_on(small_path: Path, tmp_path: Path)
     del steps[:]
     assert run_restarts(settings, starts, resume=True, quiet=True, race=2, search=search).profile == result.profile
     assert not steps
+    with pytest.raises(SettingError, match=r"race=None: the searches in .* have 2"):
+        run_restarts(settings, starts, resume=True, quiet=True, search=search)
     with pytest.raises(SettingError, match="race=4: a search has 4 steps"):
         run_restarts(make_settings(small_path, tmp_path / "other", steps=4), starts, race=4)
 
@@ -165,3 +167,6 @@ def test_a_start_that_ends_without_reducers_is_told(small_path: Path, tmp_path: 
     assert told["searches"][0]["failed"].startswith("gate_threshold=0.5")
     with pytest.raises(SettingError, match="restarts=1: no search ended"):
         run_restarts(settings, [{"placement": (0,)}], search=search)
+    told = json.loads((tmp_path / "runs" / RESTARTS).read_text())
+    assert told["best"] is None
+    assert told["searches"][0]["failed"].startswith("gate_threshold=0.5")

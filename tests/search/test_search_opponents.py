@@ -200,6 +200,8 @@ def test_one_knob_tunes_rules_then_transfer_then_schedules() -> None:
     lifted = [candidate.profile for candidate in schedules if candidate.about.get("minimum") == 60]
     assert min(kept_counts(profile)[-1] for profile in lifted if profile.before is None) == 60
     assert all("minimum" in candidate.about for candidate in schedules if "ratio" not in candidate.about)
+    does = [(c.profile.schedules, c.profile.importance, c.profile.reducers) for c in itertools.chain(*groups)]
+    assert len({str(one) for one in does}) == len(does), "a least count that changes nothing is asked again"
     firsts = {kept_counts(c.profile)[0] for c in schedules if c.about["base"] == "embedded-sparsevlm-v2"}
     assert len(firsts) > 1
 

@@ -256,6 +256,7 @@ BAD = [
     (["--queries", ","], "queries='': names no query rule"),
     (["--minimums", "8,16"], r"minimums=\[8, 16\]: these are no minimums; give 1 and"),
     (["--minimums", "1,x"], "--minimums='x'"),
+    (["--minimums", "1,1000"], "minimums=1000: an image has 576 visual tokens"),
     (["--seed", "-1"], "seed=-1"),
     (["--processes", "0"], "processes=0"),
     (["--model", "no-such-model"], "model"),

@@ -163,6 +163,9 @@ def test_where_a_model_reads() -> None:
     assert data["depth"] == 3
     assert [point["x"] for point in data["lines"][0]["points"]] == [0, 1, 2, 3, 4]
     assert len(figure.axes) == 1
+    blind = {**made, "chance": {"average": 1.0}}
+    with pytest.raises(EosError, match="take a model that reads its images"):
+        reading_depth(blind)
     never = {**made, "cases": [case for case in made["cases"] if case.get("layer", 0) < 3]}
     assert reading_depth(never) == 3
 
