@@ -64,6 +64,8 @@ def run_restarts(
         for start in starts
     ]
     for _, own in every:
+        if not resume:
+            RunFolder(own.output, is_main=True).check_new()
         search_space(own, model_spec(own))  # refuses a start that cannot be before any has searched for hours
     _note_race(settings.output / RESTARTS, race, resume)
     raced = {} if race is None else {name: _raced(own, race, resume, quiet, search) for name, own in every}

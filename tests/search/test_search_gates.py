@@ -112,6 +112,7 @@ def test_the_best_end_of_several_starts_is_taken(
     assert {file: file.stat().st_mtime_ns for file in output.rglob("start-*/theta.json")} == before
     assert main(argv) == 2
     assert "it holds a search already" in capsys.readouterr().err
+    assert json.loads((output / RESTARTS).read_text()) == told, "what ended is still told"
 
 
 def test_a_race_leaves_the_best_third_to_go_on(small_path: Path, tmp_path: Path) -> None:
