@@ -100,9 +100,11 @@ embedded-model: setup
 	rm -rf .cache/embedded-model
 else
 NEW_MODEL := runs/$(RECIPE)
+# The planted ones share the first stages of clutter2: where those are trained, they begin behind them.
+BEHIND := $(if $(filter clutter2-%,$(RECIPE)),$(if $(wildcard .cache/clutter2/after-shallow.pt),--behind .cache/clutter2))
 embedded-model: setup
 	test -f $(NEW_MODEL)/model.safetensors || { rm -f results/$(RECIPE)-*.json; \
-		$(BIN)/python -m eos_search.training --recipe $(RECIPE) --work .cache/$(RECIPE) --out $(NEW_MODEL) \
+		$(BIN)/python -m eos_search.training --recipe $(RECIPE) --work .cache/$(RECIPE) $(BEHIND) --out $(NEW_MODEL) \
 		--record results/$(RECIPE)-training.json; }
 	$(BIN)/eos-search evaluate --model $(NEW_MODEL) --benchmark-version 2 --profiles none,blind --images 1200 \
 		--per-kind 600 --out results/$(RECIPE)-heldout.json

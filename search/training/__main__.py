@@ -21,6 +21,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="new or empty directory for the model")
     parser.add_argument("--recipe", default=CLUTTER1.name, help=f"{', '.join(RECIPES)} (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path(".cache/embedded-model"), help="checkpoints and log")
+    parser.add_argument(
+        "--behind", type=Path, default=None, help="checkpoints of the recipe that this one shares its first stages with"
+    )
     parser.add_argument("--record", type=Path, default=None, help="file for provenance, settings, times and log")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -34,7 +37,7 @@ def main() -> int:
         recipe = recipe_of(args.recipe)
         prepare_directory(args.out)
         run = Run(args.work, device_of(args.device), args.seed, recipe)
-        if run.begin(origin):
+        if run.begin(origin, args.behind):
             print(f"going on from {run.checkpoint}: stage {run.stage}, step {run.step}", flush=True)
         try:
             run.train()

@@ -75,6 +75,7 @@ class Recipe:
         copied: pairs of a new layer and the one whose queries and keys it starts with.
         pointers: objects are found by pointing at their first patch, by the answer's tokens too, not by their centre.
         end: weight of the loss on the end token behind the answer.
+        begins: another recipe with the same stages before the model grows: a training may begin behind those of it.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Recipe:
     copied: tuple[tuple[int, int], ...] = ()
     pointers: bool = False
     end: float = 0.1
+    begins: str | None = None
 
     @property
     def benchmark(self) -> Version:
@@ -183,9 +185,13 @@ CLUTTER2 = Recipe(
 
 
 def _planted(name: str, places: tuple[int, ...], unseeing: tuple[int, int]) -> Recipe:
-    """The second recipe, made to read somewhere: by where its layers go, what text sees, and where losses stand."""
-    stages = tuple(replace(stage, blind=0.6) if stage.layers == 12 else stage for stage in CLUTTER2.stages)
-    return replace(CLUTTER2, name=name, places=places, unseeing=unseeing, heads_at=(1, 3, 4), stages=stages)
+    """The second recipe, made to read somewhere: by where its layers go, and what text sees once it has grown.
+
+    It need not answer as well as the fair model, only read there: the last stage is shorter.
+    """
+    grown = {"grown": {"blind": 0.6}, "full": {"blind": 0.6, "steps": 600}}
+    stages = tuple(replace(stage, **grown.get(stage.name, {})) for stage in CLUTTER2.stages)  # type: ignore[arg-type]
+    return replace(CLUTTER2, name=name, places=places, unseeing=unseeing, stages=stages, begins=CLUTTER2.name)
 
 
 RECIPES: Mapping[str, Recipe] = {

@@ -7,6 +7,7 @@ checkpoint; batches depend on stage and step only, so that it sees the same data
 import json
 import math
 import pickle
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -56,31 +57,42 @@ class Run:
         """File of the training's log."""
         return self.folder / "log.jsonl"
 
-    def begin(self, origin: dict[str, Any]) -> bool:
+    def begin(self, origin: dict[str, Any], behind: Path | None = None) -> bool:
         """Goes on from the checkpoint if there is one, else starts anew; returns whether it goes on.
 
         Args:
             origin: provenance of this process, which runs the code that is loaded now.
+            behind: folder of a training of the recipe that this one ``begins`` with: where there is no checkpoint yet,
+                its last stage before the model grows is gone on from.
 
         Raises:
             EosError: the checkpoint cannot be read, or is of another seed, another recipe or other stages.
         """
         self.origins = [origin]
-        if not self.checkpoint.exists():
+        file, recipe, shared = self.checkpoint, self.recipe.name, len(self.stages)
+        if not file.exists():
             self.log.unlink(missing_ok=True)
-            return False
+            if behind is None:
+                return False
+            if self.recipe.begins is None:
+                raise EosError("--behind", str(behind), f"{recipe} begins with no other recipe", "leave it out")
+            recipe, shared = self.recipe.begins, sum(stage.layers < self.recipe.depth for stage in self.stages)
+            file = behind / f"after-{self.stages[shared - 1].name}.pt"
         try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            held = {name: state[name] for name in ("seed", "recipe", "stages")}
+            if file != self.checkpoint:
+                shutil.copyfile(file.parent / self.log.name, self.log)
+            state = torch.load(file, map_location=self.device, weights_only=True)
+            held = {name: state[name] for name in ("seed", "recipe")}
+            held["stages"] = json.loads(state["stages"])[:shared]
             origins = json.loads(state["origins"])
         except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
             problem = f"cannot be gone on from ({type(error).__name__})"
-            raise EosError("checkpoint", str(self.checkpoint), problem, "remove it to train from nothing") from error
-        wanted = {"seed": self.seed, "recipe": self.recipe.name, "stages": json.dumps(settings(self.stages))}
-        for name, value in wanted.items():
+            raise EosError("checkpoint", str(file), problem, "remove it to train from nothing") from error
+        stages = json.loads(json.dumps(settings(self.stages[:shared])))
+        for name, value in {"seed": self.seed, "recipe": recipe, "stages": stages}.items():
             if held[name] != value:
                 problem = f"holds a training of other {name}"
-                raise EosError("checkpoint", str(self.checkpoint), problem, "remove it to train from nothing")
+                raise EosError("checkpoint", str(file), problem, "remove it to train from nothing")
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
         self.origins = [*origins, origin]
         self._cut_log()
@@ -98,7 +110,8 @@ class Run:
         order = {stage.name: number for number, stage in enumerate(self.stages)}
         done = (self.stage, self.step)
         records = [json.loads(line) for line in lines]
-        kept = [r for r in records if (order[r["stage"]], r.get("step", 0)) <= done or order[r["stage"]] < self.stage]
+        # What has no step was told at the end of its stage.
+        kept = [record for record in records if (order[record["stage"]], record.get("step", math.inf)) <= done]
         self.log.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def save(self, path: Path | None = None) -> None:

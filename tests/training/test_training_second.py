@@ -201,7 +201,35 @@ def test_planted_models_are_blind_where_they_are_not_to_read(name):
     assert [stage.blind > 0 for stage in recipe.stages] == [False, False, True, True]
     read = [place for place in recipe.places if place not in range(*recipe.unseeing)]
     assert read == list(recipe.places)
-    assert [trainee.layer_of(head) for head in (0, 1, -1)] == [recipe.places[layer] for layer in (1, 3, 4)]
+    assert recipe.heads_at is None
+
+
+def test_a_planted_training_begins_behind_the_stages_that_it_shares(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "validate", lambda *_: {"mean": 0.0})
+    short = replace(TOY, stages=tuple(replace(stage, steps=4) for stage in TOY.stages))
+    fair = Run(tmp_path / "fair", CPU, 0, short)
+    fair.train()
+    *shared, full = short.stages
+    late = replace(short, name="late", places=(2, 3), unseeing=(0, 2), begins=short.name)
+    late = replace(late, stages=(*shared, replace(full, blind=0.6, steps=2)))
+    planted = Run(tmp_path / "late", CPU, 0, late)
+    assert planted.begin({"git": "later"}, fair.folder)
+    assert (planted.stage, planted.step, planted.trainee.depth) == (2, 0, 2)
+    for name, value in torch.load(fair.folder / "after-shallow.pt")["trainee"].items():
+        assert torch.equal(value, planted.trainee.state_dict()[name]), name
+    assert {json.loads(line)["stage"] for line in planted.log.read_text().splitlines()} == {"tower", "shallow"}
+    planted.train()
+    assert Run(planted.folder, CPU, 0, late).begin({}, tmp_path / "of no use any more")
+    refused = [
+        (late, 1, fair.folder, "other seed"),
+        (replace(late, stages=(replace(shared[0], steps=5), *late.stages[1:])), 0, fair.folder, "other stages"),
+        (replace(late, begins="clutter1"), 0, fair.folder, "other recipe"),
+        (short, 0, fair.folder, "begins with no other"),
+        (late, 0, tmp_path, "cannot be gone on from"),
+    ]
+    for recipe, seed, folder, problem in refused:
+        with pytest.raises(EosError, match=problem):
+            Run(tmp_path / "refused", CPU, seed, recipe).begin({}, folder)
 
 
 def test_nothing_in_the_fair_recipe_says_where_the_image_is_read():
