@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import common
 from eos_vllm.models.geometry import geometry
+from eos_vllm.core.errors import SettingError
 from eos_vllm.models.tiny import PRESETS
 from loadtests.origin import origin
 
@@ -36,6 +37,8 @@ def main() -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The raw result."""
+    if args.rounds < 2:
+        raise SettingError("rounds", args.rounds, "one has no interval", "give 2 or more")
     common.engines_in_process(OMP_NUM_THREADS="1")
     settings = {"preset": args.preset, "profile": common.PROFILE, "requests": REQUESTS, "tokens": TOKENS}
     with common.random_model(PRESETS[args.preset]) as model:

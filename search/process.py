@@ -1,8 +1,11 @@
 """What a search changes in its process while it runs: deterministic kernels, and signals that stop it in order."""
 
+import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import active_children
 from typing import Any
 
 import torch
@@ -50,3 +53,35 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stopped_together(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """SIGTERM ends what a pool does as Ctrl-C does, and nothing more begins; on leaving, its processes have ended.
+
+    A terminal's Ctrl-C reaches them already, a SIGTERM does not. What runs in them is to end with
+    :func:`ends_its_process`. Signals need the main thread.
+    """
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:
+        before = None
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in active_children():
+            child.terminate()
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def ends_its_process() -> Iterator[None]:
+    """Around what a pool's process does: once it is stopped it must not take what waits in the pool's queue."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        os._exit(130)

@@ -14,6 +14,7 @@ from eos_search.opponents.contest import run_opponent
 from eos_search.opponents.costs import at_costs, nearest_counts
 from eos_search.opponents.judge import Budget
 from eos_search.opponents.settings import DEFAULT_SELECTORS, MINIMUMS, SPLIT, OpponentSettings
+from eos_search.process import ends_its_process, stopped_together
 from eos_search.raw import digest
 from eos_search.restarts import run_restarts
 from eos_search.run_folder import SETTINGS, THETA
@@ -164,8 +165,13 @@ def _gradient_searches(plan: Plan, processes: int | None, say: Callable[[str], A
             yield _search(settings, plan.starts, plan.race)
         return
     say(", ".join(settings.name for settings in wanted))
-    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_search, wanted, [plan.starts] * len(wanted), [plan.race] * len(wanted))
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool, stopped_together(pool):
+        yield from pool.map(_search_apart, wanted, [plan.starts] * len(wanted), [plan.race] * len(wanted))
+
+
+def _search_apart(settings: SearchSettings, starts: Sequence[Start], race: int | None) -> Profile:
+    with ends_its_process():
+        return _search(settings, starts, race)
 
 
 def _search(settings: SearchSettings, starts: Sequence[Start], race: int | None) -> Profile:

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +150,37 @@ def test_a_comparison_from_end_to_end(small_path: Path, tmp_path: Path, capsys: 
     assert main(["compare", "--table", str(out)]) == 0
     assert capsys.readouterr().out.startswith("| ")
     check_served(result, small_path)
+
+
+def test_a_comparison_that_is_stopped_leaves_no_search_behind(small_path: Path, tmp_path: Path) -> None:
+    """SIGTERM reaches the main process alone: both searches that run end with a checkpoint, the third never begins."""
+    config, runs = tmp_path / "config.json", tmp_path / "runs"
+    config.write_text(json.dumps(make_settings(small_path, tmp_path / "x", **(COST | {"steps": 100_000})).to_dict()))
+    command = [sys.executable, "-m", "eos_search.main", "compare", "--config", str(config), "--opponents", "none"]
+    command += ["--restarts-select", "uniform,maxmin", "--costs", "20,8", "--processes", "2", "--runs", str(runs)]
+    logs = [runs / f"gradient-s{seed}" / "start-select-uniform" / "log.jsonl" for seed in (0, 1, 2)]
+    # A session of its own, so that whoever is left of it can be seen.
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 240
+        while not all(log.exists() and log.stat().st_size for log in logs[:2]):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 130
+        assert "Traceback" not in process.stderr.read()
+    until = time.monotonic() + 20
+    while any(session_of(status) == process.pid for status in Path("/proc").glob("[0-9]*/stat")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert [(log.parent / "checkpoints").is_dir() for log in logs] == [True, True, False]
+
+
+def session_of(status: Path) -> int:
+    try:
+        return int(status.read_text().rsplit(")", 1)[1].split()[3])
+    except (OSError, IndexError):
+        return -1
 
 
 def check_served(result: dict[str, Any], model: Path) -> None:
