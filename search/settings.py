@@ -73,6 +73,7 @@ class SearchSettings(BaseModel):
     align_layers: Layers | None = Field(None, description="layers of the alignment (default: 4, 8, 12, ...)")
 
     start: StartName = Field("warm", description="warm (gamma near 0) or uniform (gamma 0.5, Table 5)")
+    start_budget: int | None = Field(None, ge=1, description="budget that discards meet at the start (default: B)")
     placement: Layers | None = Field(None, description="layers active at the start (default: Table 5's, scaled)")
     frozen: Kinds = Field((), description="kinds of parameter that stay as they start, such as gate,discard")
     gate_scale: float = Field(5.0, gt=0, le=1000, description="Tg of Eq. 10")
