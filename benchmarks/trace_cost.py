@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from eos_vllm.models.geometry import geometry
 from eos_vllm.core.errors import SettingError
+from eos_vllm.models.geometry import geometry
 from eos_vllm.models.tiny import PRESETS
 from loadtests.origin import origin
 

@@ -73,8 +73,9 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
 
 
 def _check_budgets(settings: SearchSettings, depth: int, visual: int) -> None:
-    if settings.budget > visual:
-        raise SettingError("budget", settings.budget, f"an image has {visual} visual tokens", f"give 1 to {visual}")
+    for name in ("budget", "start_budget"):
+        if (tokens := getattr(settings, name)) is not None and tokens > visual:
+            raise SettingError(name, tokens, f"an image has {visual} visual tokens", f"give 1 to {visual}")
     if settings.minimum > settings.budget:
         remedy = f"give 1 to {settings.budget}"
         raise SettingError("minimum", settings.minimum, f"the budget of {settings.budget} is less", remedy)

@@ -15,11 +15,13 @@ from eos_search.measures import SearchMeasure, tokens_of
 from eos_search.objective import Objective, reference_rows, task_terms, tokens_left
 from eos_search.relaxed import RelaxedModel
 from eos_search.run import run_search
+from eos_search.settings import read_config, read_settings
+from eos_search.space import search_space
 from eos_search.structure import read_structure
 from eos_search.theta import Theta
 from eos_vllm.core.budget import cost
 from eos_vllm.core.errors import SettingError
-from eos_vllm.core.profile import Profile, parse_profile
+from eos_vllm.core.profile import ModelSpec, Profile, parse_profile
 
 SHARES = st.lists(st.floats(0.02, 0.95), min_size=3, max_size=3)
 MEASURES: list[SearchMeasure] = ["final", "layer_average", "kv_bytes", "flops"]
@@ -80,6 +82,19 @@ def test_projection_brings_the_count_into_the_band(
         torch.testing.assert_close(powers[free], powers[free][:1].expand(int(free.sum())), rtol=1e-4, atol=1e-6)
     closed = [1, 4, 5]
     torch.testing.assert_close(values.table.detach()[closed], before[closed])
+
+
+def test_a_start_may_have_another_budget() -> None:
+    """Else a penalty that pulls towards few tokens could not begin at a late layer."""
+    config = read_config("clutter2-planted")
+    model = ModelSpec(architecture="LlavaForConditionalGeneration", num_decoder_layers=12, visual_tokens=576)
+    objective, _, theta = search_space(read_settings(config), model)
+    assert objective.budget == 150
+    assert tokens_left(objective, theta(), [5]).item() == pytest.approx(420)
+    with pytest.raises(SettingError, match="budget=150: reducers at \\[5\\] leave"):
+        search_space(read_settings(config | {"start_budget": None}), model)
+    with pytest.raises(SettingError, match="start_budget=577: an image has 576"):
+        search_space(read_settings(config | {"start_budget": 577}), model)
 
 
 def test_without_an_open_gate_nothing_is_projected() -> None:

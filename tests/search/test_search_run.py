@@ -348,13 +348,15 @@ def test_steps_take_each_example_once_per_pass() -> None:
     assert list(StepSampler(7, 4, 0, 14, seed=4)) != whole
 
 
-@pytest.mark.parametrize("name", ["embedded", "llava-1.5-7b", "llava-1.5-7b-paper"])
+@pytest.mark.parametrize(
+    "name", ["embedded", "embedded-cost", "clutter2-planted", "llava-1.5-7b", "llava-1.5-7b-paper"]
+)
 def test_committed_configs_are_valid(name: str) -> None:
     settings = read_settings(read_config(name))
     assert settings.output == Path("runs") / name
     from eos_vllm.core.profile import ModelSpec
 
-    depth = 8 if name == "embedded" else 32
+    depth = {"embedded": 8, "embedded-cost": 8, "clutter2-planted": 12}.get(name, 32)
     spec = ModelSpec(architecture="LlavaForConditionalGeneration", num_decoder_layers=depth, visual_tokens=576)
     objective, _, theta = search_space(settings, spec)
     assert objective.budget == settings.budget
