@@ -13,10 +13,12 @@ from transformers import get_cosine_schedule_with_warmup
 
 from eos_search.examples import Broken
 from eos_search.lagrangian import BudgetMultiplier, band, project
-from eos_search.objective import Objective, TaskTerms, penalties
+from eos_search.moves import Move, best_move, carry_out, moved, moves_of
+from eos_search.objective import Objective, Penalties, TaskTerms, penalties
 from eos_search.settings import SearchSettings
-from eos_search.structure import Rules, Structure, read_structure
+from eos_search.structure import Rules, Structure, acting_of, places, read_structure
 from eos_search.theta import KINDS, Theta, ThetaValues
+from eos_vllm.core.budget import cost, kept_counts
 from eos_vllm.core.errors import EosError, SettingError
 
 Example = TypeVar("Example")
@@ -95,18 +97,13 @@ class Trainer:
             SettingError: not one example of the batch could be decoded.
         """
         self.temper()
+        every, step = self.settings.move_every, self.scheduler.last_epoch
+        if every and step and step % every == 0:
+            self._move(batch, task)
         mapped = self.theta()
         values = replace(mapped, table=mapped.table.detach().requires_grad_())
         structure = read_structure(values, self.rules)
-        served = [read_structure(values, self.rules, budget) for budget in self.settings.serve_budgets] or [structure]
-        # Budgets take turns over the examples of all steps and processes, in the order of the data.
-        first = self.scheduler.last_epoch * self.settings.batch_size + self.accelerator.process_index
-        apart = self.accelerator.num_processes
-        taken = [
-            (example, served[(first + apart * i) % len(served)])
-            for i, example in enumerate(batch)
-            if not isinstance(example, Broken)
-        ]
+        taken = self._taken(batch, values, structure)
         examples = [example for example, _ in taken]
         done = [self._backward(task, example, values, hard) for example, hard in taken]
         self._check([example.id for example in examples], done)
@@ -119,9 +116,7 @@ class Trainer:
         if count == 0:
             ids = ", ".join(example.id for example in batch)
             raise SettingError("data", ids, "no image of this batch can be decoded", "mend or leave out these rows")
-        constraint = penalties(self.objective, values, structure.acting)
-        if self.multiplier is not None:
-            constraint = replace(constraint, budget=self.multiplier.term(constraint.tokens, self.objective.budget))
+        constraint = self._constraint(values, structure)
         pull = torch.autograd.grad(constraint.budget + constraint.cost, values.table)[0]
         norm = self._update(mapped, shared[:size].view_as(gradient) / count + pull, [e.id for e in examples])
         penalty = {"budget": constraint.budget.item(), "cost": constraint.cost.item()}
@@ -145,6 +140,57 @@ class Trainer:
         self.scheduler.step()
         broken = [(example.id, example.problem) for example in batch if isinstance(example, Broken)]
         return StepResult(terms, structure, broken, stops > 0)
+
+    def _taken(self, batch: Sequence[Any], values: ThetaValues, structure: Structure) -> list[tuple[Any, Structure]]:
+        """Examples that are whole, each with the reduction whose turn it is.
+
+        Budgets take turns over the examples of all steps and processes, in the order of the data.
+        """
+        served = [read_structure(values, self.rules, budget) for budget in self.settings.serve_budgets] or [structure]
+        first = self.scheduler.last_epoch * self.settings.batch_size + self.accelerator.process_index
+        apart = self.accelerator.num_processes
+        return [
+            (example, served[(first + apart * i) % len(served)])
+            for i, example in enumerate(batch)
+            if not isinstance(example, Broken)
+        ]
+
+    def _constraint(self, values: ThetaValues, structure: Structure) -> Penalties:
+        constraint = penalties(self.objective, values, structure.acting)
+        if self.multiplier is None:
+            return constraint
+        return replace(constraint, budget=self.multiplier.term(constraint.tokens, self.objective.budget))
+
+    @torch.no_grad()
+    def _move(self, batch: Sequence[Any], task: Task) -> None:
+        """Puts one reducer elsewhere, if the hard loss of the batch is lower there (:mod:`eos_search.moves`)."""
+        here = self.theta()
+        allowed: list[Move] = []
+        losses, pulls = [self._hard(here, batch, task)], [self._pull(here)]
+        for move in moves_of(acting_of(here, self.rules), places(here.depth, self.rules)):
+            there = replace(here, table=moved(here.table, move))
+            if self._meets_budgets(there):
+                allowed.append(move)
+                losses.append(self._hard(there, batch, task))
+                pulls.append(self._pull(there))
+        add_up = functools.partial(self.accelerator.reduce, reduction="sum")
+        best = best_move(allowed, torch.stack(losses), pulls, add_up) if allowed else None
+        if best is not None:
+            carry_out(best, self.theta, self.optimizer)
+
+    def _hard(self, values: ThetaValues, batch: Sequence[Any], task: Task) -> torch.Tensor:
+        taken = self._taken(batch, values, read_structure(values, self.rules))
+        return values.table.new_tensor([task(example, values, hard).total.item() for example, hard in taken])
+
+    def _pull(self, values: ThetaValues) -> float:
+        constraint = self._constraint(values, read_structure(values, self.rules))
+        return (constraint.budget + constraint.cost).item()
+
+    def _meets_budgets(self, values: ThetaValues) -> bool:
+        """Whether the layers that act can have every served budget: else they would be judged at a higher cost."""
+        served = [read_structure(values, self.rules, budget) for budget in self.settings.serve_budgets]
+        profiles = [(hard.budget, hard.profile) for hard in served if hard.profile is not None]
+        return all(cost(p, kept_counts(p), self.rules.measure) <= budget + 1 for budget, p in profiles if budget)
 
     def _backward(
         self, task: Task, example: Any, values: ThetaValues, structure: Structure

@@ -90,7 +90,7 @@ def test_a_start_may_have_another_budget() -> None:
     model = ModelSpec(architecture="LlavaForConditionalGeneration", num_decoder_layers=12, visual_tokens=576)
     objective, _, theta = search_space(read_settings(config), model)
     assert objective.budget == 150
-    assert tokens_left(objective, theta(), [5]).item() == pytest.approx(420)
+    assert tokens_left(objective, theta(), [5]).item() == pytest.approx(297)
     with pytest.raises(SettingError, match="budget=150: reducers at \\[5\\] leave"):
         search_space(read_settings(config | {"start_budget": None}), model)
     with pytest.raises(SettingError, match="start_budget=577: an image has 576"):
