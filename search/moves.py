@@ -2,8 +2,8 @@
 
 A gate that does not act has a derivative at its closed end only, which says little of a reducer that takes most tokens
 out: by it a gate opens where the budget pulls, or closes where Adam makes a step of a gradient that is next to nothing.
-Here a reducer, as it is, is put behind a layer nearby, and the loss of the same rows is taken again. What moves are
-whole rows of Theta.
+Here a reducer, as it is, is put behind every other layer, and the loss of the same rows is taken again: a place may be
+good though those next to it are not. What moves are whole rows of Theta.
 """
 
 import math
@@ -14,8 +14,6 @@ import torch
 
 from eos_search.theta import Theta
 
-_DISTANCES = (-2, -1, 1, 2)
-
 
 class Move(NamedTuple):
     """The reducer behind layer ``here`` goes to ``there``, where none acts; the two rows of Theta change places."""
@@ -25,10 +23,9 @@ class Move(NamedTuple):
 
 
 def moves_of(acting: Collection[int], places: Collection[int]) -> list[Move]:
-    """Every move of one acting reducer by one or two places."""
+    """Every move of one acting reducer to a place where none acts."""
     inside = [layer for layer in acting if layer in places]
-    every = [Move(layer, layer + by) for layer in inside for by in _DISTANCES]
-    return [move for move in every if move.there in places and move.there not in acting]
+    return [Move(here, there) for here in inside for there in sorted(places) if there not in acting]
 
 
 def moved(table: torch.Tensor, move: Move) -> torch.Tensor:

@@ -87,7 +87,7 @@ class SearchSettings(BaseModel):
     gate_tries: int = Field(0, ge=0, description="closed gates tried for gradients in a row of the data (default: all)")
     gate_threshold: float = Field(0.5, gt=0, lt=1, description="a gate above it acts")
 
-    move_every: int = Field(0, ge=0, description="steps between moves of reducers to layers nearby (default: none)")
+    move_every: int = Field(0, ge=0, description="steps between moves of reducers to other layers (default: none)")
 
     queries: QueryRule = Field("relevant_text", description="query rule of the importance scores")
     norm: Literal["token", "frobenius"] = Field("token", description="norm that nu preserves")

@@ -38,14 +38,13 @@ def far_from(layer: int) -> Any:
 
 
 @given(st.sets(st.integers(0, LAYERS - 2), min_size=1, max_size=3))
-def test_moves_go_to_free_places_nearby(acting: set[int]) -> None:
+def test_moves_go_to_free_places(acting: set[int]) -> None:
     found = moves_of(sorted(acting), range(LAYERS - 1))
-    assert len(set(found)) == len(found)
+    assert len(set(found)) == len(found) == len(acting) * (LAYERS - 1 - len(acting))
     for here, there in found:
         assert here in acting
         assert there in range(LAYERS - 1)
         assert there not in acting
-        assert 1 <= abs(there - here) <= 2
     assert moves_of([-1, 0], range(3)) == [Move(0, 1), Move(0, 2)]  # what stands before the decoder stays there
 
 
@@ -85,13 +84,13 @@ def test_what_the_optimizer_remembers_goes_along() -> None:
 
 @pytest.mark.parametrize("target", [0, 4])
 def test_a_reducer_walks_to_where_the_loss_is_least(tmp_path: Path, target: int) -> None:
-    """From the middle to either end, though no gradient says so; without moves it stays."""
+    """From the middle to either end at once, though no gradient says so; without moves it stays."""
 
     def end(every: int) -> tuple[int, ...]:
         settings = make_settings(tmp_path, tmp_path, steps=12, move_every=every, warmup=0.0)
         theta = make_theta({2: 0.5})
         trainer = Trainer(theta, make_rules(), Objective(36, 3, 36, ()), settings, Accelerator())
-        for _ in range(6):
+        for _ in range(3):
             trainer.step([Toy("a"), Toy("b", 0.5)], far_from(target))
         return acting_of(theta(), make_rules())
 
