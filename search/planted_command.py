@@ -46,6 +46,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         EosError: settings, models, seeds or results of other models.
     """
+    from eos_search.ablations.places import loss_by_place
     from eos_search.export import portable
     from eos_search.settings import read_config, read_settings
     from eos_vllm.provenance import provenance
@@ -69,7 +70,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             own = {"model": str(model), "seed": seed, "name": name, "output": args.runs / name}
             settings = read_settings({**config, **own})
             searches.append(_search(settings, about["depth"]))
-        found.append({**about, "settings": portable(settings), "searches": searches})
+        found.append({**about, "settings": portable(settings), "searches": searches, "places": loss_by_place(settings)})
     return {"study": STUDY, "provenance": provenance(), "models": found}
 
 
@@ -131,4 +132,17 @@ def table(result: Mapping[str, Any]) -> str:
             lines.append("| " + " | ".join(map(str, shown)) + " |")
     every = [one.get("apart") for about in result["models"] for one in about["searches"]]
     near = sum(apart is not None and abs(apart) <= NEAR for apart in every)
-    return "\n".join([*lines, "", f"{near} of {len(every)} within {NEAR} layer"])
+    return "\n".join([*lines, "", f"{near} of {len(every)} within {NEAR} layer", "", *_places(result)])
+
+
+def _places(result: Mapping[str, Any]) -> list[str]:
+    """What the start costs the task at every layer, a column for each model."""
+    models = [about for about in result["models"] if "places" in about]
+    if not models:
+        return []
+    lines = ["| layer | " + " | ".join(about["model"] for about in models) + " |", "| --- |" + " --- |" * len(models)]
+    for layer in range(max(len(about["places"]) for about in models)):
+        each = [about["places"][layer : layer + 1] for about in models]  # models may differ in depth
+        cells = [f"{one[0]['task']:.3f} ± {one[0]['error']:.3f}" if one else "" for one in each]
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    return lines

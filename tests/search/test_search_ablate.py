@@ -300,7 +300,8 @@ def test_planted_searches_where_models_read(
     on_the_small_model: dict[str, str], small_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, reading, out = (tmp_path / f"{name}.json" for name in ("config", "reading", "out"))
-    settings = make_settings(small_path, tmp_path / "unused", steps=1, samples=4, batch_size=1, placement=(2,))
+    about = {"budget_measure": "layer_average", "budget": 20, "constraint": "penalty"}
+    settings = make_settings(small_path, tmp_path / "unused", steps=1, samples=4, batch_size=1, placement=(2,), **about)
     config.write_text(json.dumps(settings.to_dict()))
     flags = on_the_small_model["flags"].split()
     assert main(["ablate", "reading", "--out", str(reading), *flags]) == 2
@@ -314,10 +315,18 @@ def test_planted_searches_where_models_read(
     (found,) = json.loads(out.read_text())["models"]
     assert found["depth"] == 3
     assert [(one["seed"], one["start"], one["apart"]) for one in found["searches"]] == [(0, [2], -1), (1, [2], -1)]
-    assert "2 of 2 within 1 layer" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of 2 within 1 layer" in printed
+    assert [one["layer"] for one in found["places"]] == [0, 1, 2, 3, 4]
+    assert all(one["error"] > 0 and one["kept"] == found["places"][0]["kept"] for one in found["places"])
+    # The later it stands, the more tokens the layers see.
+    costs = [one["cost"] for one in found["places"]]
+    assert costs == sorted(set(costs))
+    assert f"| 4 | {found['places'][4]['task']:.3f} ± " in printed
     found["searches"][0] = {"seed": 0, "failed": "no layer reduces"}
     assert table({"models": [found]}).splitlines()[2].endswith("| 3 | 0 |  | none |  |")
-    assert table({"models": [found]}).endswith("1 of 2 within 1 layer")
+    assert "\n1 of 2 within 1 layer\n" in table({"models": [found]})
+    assert table({"models": [{**found, "places": []} | {"searches": []}]}).endswith("| --- | --- |")
     assert moves([{"step": s, "acting": a} for s, a in enumerate(([1], [1], [2], [2]))]) == [
         {"step": 0, "acting": [1]},
         {"step": 2, "acting": [2]},
