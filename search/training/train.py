@@ -69,14 +69,14 @@ class Run:
             EosError: the checkpoint cannot be read, or is of another seed, another recipe or other stages.
         """
         self.origins = [origin]
-        file, recipe, shared = self.checkpoint, self.recipe.name, len(self.stages)
+        file, recipe, shared = self.checkpoint, self.recipe.name, None
         if not file.exists():
             self.log.unlink(missing_ok=True)
             if behind is None:
                 return False
             if self.recipe.begins is None:
                 raise EosError("--behind", str(behind), f"{recipe} begins with no other recipe", "leave it out")
-            recipe, shared = self.recipe.begins, sum(stage.layers < self.recipe.depth for stage in self.stages)
+            recipe, shared = self.recipe.begins, [stage.layers < self.recipe.depth for stage in self.stages].count(True)
             file = behind / f"after-{self.stages[shared - 1].name}.pt"
         try:
             if file != self.checkpoint:
