@@ -67,6 +67,7 @@ class Recipe:
         places: where the layers of the shallow language model go when it grows; their number is its depth. New layers
             pass everything on at first.
         mix: kinds of the questions about an image, in turns.
+        last_mix: the same in the last stage; empty: as before it.
         stages: in their order.
         unseeing: first decoder layer, and the one behind the last, in which text sees no image on blind steps.
         heads_at: layers of the shallow model behind which auxiliary losses find objects at their names (with
@@ -90,6 +91,7 @@ class Recipe:
     pointers: bool = False
     end: float = 0.1
     begins: str | None = None
+    last_mix: tuple[str, ...] = ()
 
     @property
     def benchmark(self) -> Version:
@@ -105,6 +107,10 @@ class Recipe:
     def shallow(self) -> int:
         """Decoder layers at the beginning."""
         return len(self.places)
+
+    def mix_in(self, stage: Stage) -> tuple[str, ...]:
+        """Kinds of a stage's questions, in turns."""
+        return self.last_mix if self.last_mix and stage == self.stages[-1] else self.mix
 
     def thinning(self, stage: Stage, step: int, part: int) -> Thinning | None:
         """What is dropped in one part of a step: a function of the step, as the data is; None for nothing."""
@@ -181,6 +187,19 @@ CLUTTER2 = Recipe(
     ),
     pointers=True,
     end=0.5,  # a string's end has to be seen
+    # Half of the last questions are of the kinds that are slowest to learn: whole images have to be gone through.
+    last_mix=(
+        "presence",
+        "scene",
+        "counting",
+        "reading",
+        "detail",
+        "presence",
+        "scene",
+        "counting",
+        "attribute",
+        "relation",
+    ),
 )
 
 
@@ -191,7 +210,8 @@ def _planted(name: str, places: tuple[int, ...], unseeing: tuple[int, int]) -> R
     """
     grown = {"grown": {"blind": 0.6}, "full": {"blind": 0.6, "steps": 600}}
     stages = tuple(replace(stage, **grown.get(stage.name, {})) for stage in CLUTTER2.stages)  # type: ignore[arg-type]
-    return replace(CLUTTER2, name=name, places=places, unseeing=unseeing, stages=stages, begins=CLUTTER2.name)
+    changed = {"name": name, "places": places, "unseeing": unseeing, "stages": stages, "last_mix": ()}
+    return replace(CLUTTER2, begins=CLUTTER2.name, **changed)  # type: ignore[arg-type]
 
 
 RECIPES: Mapping[str, Recipe] = {

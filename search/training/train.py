@@ -161,7 +161,7 @@ class Run:
         meter = Meter(self.recipe.benchmark.kinds)
         begun = time.monotonic() - self.seconds.get(stage.name, 0.0)
         recipe = self.recipe
-        for parts in loader(self.stage, stage.parts, self.step, stage.steps, recipe.mix, recipe.version):
+        for parts in loader(self.stage, stage.parts, self.step, stage.steps, recipe.mix_in(stage), recipe.version):
             self._one_step(stage, [part.to(self.device) for part in parts], meter)
             self.seconds[stage.name] = time.monotonic() - begun
             bar.update()
