@@ -6,7 +6,7 @@ same bytes. What does depend on it stands in ``run.json`` beside it.
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,17 @@ from eos_vllm.provenance import provenance
 FINAL_STEPS = 50
 
 
-def searched_profile(theta: Theta, rules: Rules, name: str, provenance: dict[str, Any]) -> Profile:
+def searched_profile(
+    theta: Theta,
+    rules: Rules,
+    name: str,
+    provenance: dict[str, Any],
+    schedules: Mapping[str, Sequence[int]] | None = None,
+) -> Profile:
     """The profile of a point Theta: layers that act become reducers, with the counts of Eq. 11 as its schedule.
 
-    Its budget is what Eq. 11 leaves behind the last reducer; other budgets follow by the profile's rule (paper 2.6).
+    Its budget is what Eq. 11 leaves behind the last reducer; other budgets follow by the profile's rule (paper 2.6),
+    but for those that ``schedules`` gives counts for.
 
     Raises:
         SettingError: no gate is above the threshold.
@@ -38,7 +45,9 @@ def searched_profile(theta: Theta, rules: Rules, name: str, provenance: dict[str
         problem = f"the highest gate is {highest:.3f}: no layer reduces, and there is nothing to serve"
         remedy = "raise lambda_budget, lower lambda_align, or lower the threshold"
         raise SettingError("gate_threshold", rules.gate_threshold, problem, remedy)
-    return parse_profile({**profile.to_dict(), "name": name, "provenance": provenance})
+    data = profile.to_dict()
+    every = data["schedules"] | {budget: list(counts) for budget, counts in (schedules or {}).items()}
+    return parse_profile({**data, "schedules": every, "name": name, "provenance": provenance})
 
 
 def reducer_lines(profile: Profile) -> list[str]:

@@ -13,7 +13,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from eos_search.examples import Broken
 from eos_search.lagrangian import BudgetMultiplier, band, project
-from eos_search.moves import Move, best_move, carry_out, moved, moves_of
+from eos_search.moves import Move, best_gain, carry_out, moved, moves_of
 from eos_search.objective import Objective, Penalties, TaskTerms, penalties
 from eos_search.settings import SearchSettings
 from eos_search.structure import Rules, Structure, acting_of, places, read_structure
@@ -174,7 +174,7 @@ class Trainer:
                 losses.append(self._hard(there, batch, task))
                 pulls.append(self._pull(there))
         add_up = functools.partial(self.accelerator.reduce, reduction="sum")
-        best = best_move(allowed, torch.stack(losses), pulls, add_up) if allowed else None
+        best = best_gain(allowed, torch.stack(losses), pulls, add_up) if allowed else None
         if best is not None:
             carry_out(best, self.theta, self.optimizer)
 

@@ -8,11 +8,13 @@ good though those next to it are not. What moves are whole rows of Theta.
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from eos_search.theta import Theta
+
+Change = TypeVar("Change")
 
 
 class Move(NamedTuple):
@@ -36,32 +38,32 @@ def moved(table: torch.Tensor, move: Move) -> torch.Tensor:
 
 
 @torch.no_grad()
-def best_move(
-    moves: Sequence[Move],
+def best_gain(
+    changes: Sequence[Change],
     losses: torch.Tensor,
     penalties: Sequence[float],
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
-) -> Move | None:
-    """The move that lowers the loss most, if it does by more than the standard error of that difference over the rows.
+) -> Change | None:
+    """The change that lowers the loss most, if it does by more than the standard error of that difference over rows.
 
     Args:
-        moves: at least one.
-        losses: of each row ``[1 + moves, rows]`` as it is and after each move.
-        penalties: the same for what is no mean over rows, ``1 + moves``.
+        changes: at least one.
+        losses: of each row ``[1 + changes, rows]`` as it is and after each change.
+        penalties: the same for what is no mean over rows, ``1 + changes``.
         add_up: sums over all processes.
     """
     gains = (losses[:1] - losses[1:]).double()
     rows = gains.new_full((1,), gains.shape[1])
     sums = add_up(torch.cat([gains.sum(dim=1), gains.square().sum(dim=1), rows]))
-    first, second, count = sums[: len(moves)], sums[len(moves) : -1], float(sums[-1])
+    first, second, count = sums[: len(changes)], sums[len(changes) : -1], float(sums[-1])
     if count < 2:  # no standard error
         return None
     mean = first / count
     error = ((second / count - mean.square()).clamp(min=0) / (count - 1)).sqrt()
     gain = [m + penalties[0] - other for m, other in zip(mean.tolist(), penalties[1:], strict=True)]
     sure = [g - e for g, e in zip(gain, error.tolist(), strict=True)]
-    best = max(range(len(moves)), key=lambda index: sure[index])
-    return moves[best] if sure[best] > 0 and math.isfinite(sure[best]) else None
+    best = max(range(len(changes)), key=lambda index: sure[index])
+    return changes[best] if sure[best] > 0 and math.isfinite(sure[best]) else None
 
 
 @torch.no_grad()

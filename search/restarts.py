@@ -39,7 +39,8 @@ def run_restarts(
     """Searches from each start, and writes the best profile to the output folder.
 
     Best is the lowest loss, penalties included, as a mean over the last steps: all searches see the same rows in the
-    same order. The profile is that of its own search to the byte; ``restarts.json`` says how all of them ended.
+    same order. The profile is that of its own search to the byte; ``restarts.json`` says how all of them ended. Where
+    counts are fitted in the end (``fit_rows``), they are for the best alone, and the others have no profile.
 
     Args:
         settings: of every search, but for what starts change; each gets a folder in that of these.
@@ -72,31 +73,44 @@ def run_restarts(
     ahead = sorted(raced, key=lambda name: raced[name]["loss"])[: math.ceil(len(raced) / _ONE_OF)]
     for start, (name, own) in zip(starts, every, strict=True):
         end: dict[str, Any] = {field: getattr(own, field) for field in start} | {"folder": name}
+        ends.append(end)
         if raced and name not in ahead:
-            ends.append({**end, "steps": race, "left": raced[name]})
-            continue
-        try:
-            result = _search(own, resume or bool(raced), quiet, search)
-        except EosError as error:
-            if error.field != _NO_REDUCER:
-                raise
-            ends.append({**end, "failed": str(error)})
-            continue
-        terms = final_terms(result.records)
-        ends.append({**end, "layers": list(result.profile.layers), "final": terms})
-        results[name] = result
+            end |= {"steps": race, "left": raced[name]}
+        elif settings.fit_rows:  # only the best will go beyond its last step
+            end["final"] = _raced(own, own.steps, resume or bool(raced), quiet, search)
+        elif (result := _ended(own, end, resume or bool(raced), quiet, search)) is not None:
+            end["final"] = final_terms(result.records)
+            results[name] = result
+    settings_of, best = dict(every), None
+    for end in sorted((end for end in ends if "final" in end), key=lambda end: end["final"]["loss"]):
+        best = results.get(end["folder"]) or _ended(settings_of[end["folder"]], end, True, quiet, search)
+        if best is not None:
+            break
     about = {"race": race, "steps_averaged": FINAL_STEPS, "searches": ends}
-    if not results:
-        if PartialState().is_main_process:
-            write_json(settings.output / RESTARTS, {"best": None, **about})
+    if PartialState().is_main_process:
+        write_json(settings.output / RESTARTS, {"best": None if best is None else end["folder"], **about})
+    if best is None:
         problem = "no search ended with a layer that reduces"
         raise SettingError("restarts", len(ends), problem, f"see {RESTARTS} for each, and raise lambda_budget")
-    best = min((end for end in ends if "final" in end), key=lambda end: end["final"]["loss"])["folder"]
     path = settings.output / THETA
     if PartialState().is_main_process:
-        write_json(settings.output / RESTARTS, {"best": best, **about})
-        write_json(path, json.loads(results[best].path.read_text(encoding="utf-8")))
-    return SearchResult(results[best].profile, path, results[best].records)
+        write_json(path, json.loads(best.path.read_text(encoding="utf-8")))
+    return SearchResult(best.profile, path, best.records)
+
+
+def _ended(
+    settings: SearchSettings, end: dict[str, Any], resume: bool, quiet: bool, search: Callable[..., SearchResult]
+) -> SearchResult | None:
+    """A search that has ended, its layers noted in ``end``; None where none reduces, which is noted as well."""
+    try:
+        result = _search(settings, resume, quiet, search)
+    except EosError as error:
+        if error.field != _NO_REDUCER:
+            raise
+        end["failed"] = str(error)
+        return None
+    end["layers"] = list(result.profile.layers)
+    return result
 
 
 def _note_race(file: Path, race: int | None, resume: bool) -> None:

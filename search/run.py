@@ -1,11 +1,13 @@
 """A whole search: from settings to the searched profile."""
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
@@ -22,12 +24,13 @@ from eos_search.objective import Objective
 from eos_search.process import deterministic, leave_signals_to_the_main_process, stop_signals
 from eos_search.relaxed import Relaxation, RelaxedModel
 from eos_search.run_folder import RUN, RunFolder, read_records
+from eos_search.schedules import Counts, fit_schedules
 from eos_search.settings import SearchSettings
 from eos_search.space import search_space
 from eos_search.spent import SpentTime, earlier_seconds
-from eos_search.structure import Rules
+from eos_search.structure import Rules, Structure
 from eos_search.task import EncodedRows, ModelTask
-from eos_search.theta import KINDS, Theta
+from eos_search.theta import KINDS, Theta, ThetaValues
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import Profile
 from eos_vllm.provenance import provenance
@@ -66,7 +69,7 @@ def run_search(
         settings: all of it.
         resume: go on from the last checkpoint of the output folder; the result is the same as without the stop.
         quiet: no progress bar and no lines.
-        pause: stop before this step; it lies behind the last checkpoint.
+        pause: stop before this step, which lies behind the last checkpoint; behind the last step: before the profile.
 
     Raises:
         Paused: it has been reached.
@@ -119,26 +122,10 @@ class _Ready:
 
 def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> SearchResult:
     settings, accelerator, folder = ready.settings, ready.accelerator, ready.folder
-    theta, rules, data = ready.theta, ready.rules, ready.data
-    trainer = Trainer(theta, rules, ready.objective, settings, accelerator)
+    theta = ready.theta
+    trainer = Trainer(theta, ready.rules, ready.objective, settings, accelerator)
     first = folder.load(accelerator)
     task = _task(ready)
-    sampler = StepSampler(
-        len(data.rows),
-        settings.batch_size,
-        first,
-        settings.steps,
-        settings.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    loader = DataLoader(
-        EncodedRows(ready.data, ready.encoder),
-        batch_sampler=sampler,
-        num_workers=settings.workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=leave_signals_to_the_main_process,
-    )
     started = {"first_step": first, "processes": accelerator.num_processes, **provenance(seed=settings.seed)}
     spent = SpentTime(earlier_seconds(folder.path) if first else 0.0)
 
@@ -151,6 +138,7 @@ def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> Sea
     note_spent()
     folder.open(first)
     skipped, paused = 0, False
+    loader = _loader(ready, first, settings.steps)
     try:
         with stop_signals() as asked, tqdm(total=settings.steps, initial=first, disable=_no_bar(say)) as bar:
             for step, batch in enumerate(loader, start=first):
@@ -164,7 +152,7 @@ def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> Sea
                 _show(bar, step, settings.steps, result, say)
                 done = step + 1
                 ended = done == settings.steps
-                paused = done == pause and not ended
+                paused = done == pause
                 if result.stop or paused or ended or done % settings.checkpoint_every == 0:
                     folder.save(accelerator, done)
                     note_spent()
@@ -180,12 +168,55 @@ def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> Sea
         note_spent()  # the data loader's processes have ended, and count now
     if paused:
         raise Paused
+    return _export(ready, task, note_spent, say)
+
+
+def _export(ready: _Ready, task: ModelTask, note_spent: Callable[[], None], say: Callable[[str], None]) -> SearchResult:
+    folder, theta, settings = ready.folder, ready.theta, ready.settings
     records = read_records(folder.path)
     theta.gate_scale = theta.ranges.gate_scale
-    profile = searched_profile(theta, rules, settings.name, search_provenance(settings, data, records))
-    if accelerator.is_main_process:
+    if schedules := _fitted(ready, task, say):
+        note_spent()
+    origin = search_provenance(settings, ready.data, records)
+    profile = searched_profile(theta, ready.rules, settings.name, origin, schedules)
+    if ready.accelerator.is_main_process:
         write_json(folder.theta, profile.to_dict())
     return SearchResult(profile, folder.theta, records)
+
+
+def _loader(ready: _Ready, first: int, stop: int) -> DataLoader[Any]:
+    """This process's batches of steps ``first`` to ``stop - 1``."""
+    settings, accelerator = ready.settings, ready.accelerator
+    own = accelerator.process_index, accelerator.num_processes
+    sampler = StepSampler(len(ready.data.rows), settings.batch_size, first, stop, settings.seed, *own)
+    return DataLoader(
+        EncodedRows(ready.data, ready.encoder),
+        batch_sampler=sampler,
+        num_workers=settings.workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
+
+
+def _fitted(ready: _Ready, task: ModelTask, say: Callable[[str], None]) -> dict[str, Counts]:
+    """Counts for each served budget, by the rows behind those of the last step."""
+    settings, accelerator = ready.settings, ready.accelerator
+    if not settings.fit_rows:
+        return {}
+    stop = settings.steps + math.ceil(settings.fit_rows / settings.batch_size)
+    rows = [row for batch in _loader(ready, settings.steps, stop) for row in batch]
+    answers = ready.objective.cross_entropy
+
+    def loss(row: Any, values: ThetaValues, structure: Structure) -> float:
+        terms = task(row, values, structure)
+        # What is served are answers; states that deviate are a means to them.
+        return (terms.cross_entropy if answers else terms.total).item()
+
+    def add_up(sums: torch.Tensor) -> torch.Tensor:
+        return accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
+
+    say(f"choosing counts at {len(settings.serve_budgets)} budgets by {len(rows)} rows")
+    return fit_schedules(ready.theta(), ready.rules, settings.serve_budgets, rows, loss, add_up)
 
 
 def _task(ready: _Ready) -> ModelTask:

@@ -89,6 +89,8 @@ class SearchSettings(BaseModel):
 
     move_every: int = Field(0, ge=0, description="steps between moves of reducers to other layers (default: none)")
 
+    fit_rows: int = Field(0, ge=0, description="rows that choose counts at served budgets (default: none)")
+
     queries: QueryRule = Field("relevant_text", description="query rule of the importance scores")
     norm: Literal["token", "frobenius"] = Field("token", description="norm that nu preserves")
     gate_sharpness: float = Field(10.0, gt=0, le=1e6, description="beta of Eq. 4")

@@ -11,7 +11,7 @@ from typing import Any
 
 from eos_search.opponents.base import Method
 from eos_search.opponents.contest import run_opponent
-from eos_search.opponents.costs import at_costs, nearest_counts
+from eos_search.opponents.costs import OFF, at_costs, nearest_counts
 from eos_search.opponents.judge import Budget
 from eos_search.opponents.settings import DEFAULT_SELECTORS, MINIMUMS, SPLIT, OpponentSettings
 from eos_search.process import ends_its_process, stopped_together
@@ -21,6 +21,7 @@ from eos_search.run_folder import SETTINGS, THETA
 from eos_search.settings import SearchSettings, read_settings
 from eos_search.spent import seconds_of
 from eos_search.starts import Start
+from eos_vllm.core.budget import layer_average
 from eos_vllm.core.errors import BudgetError, SettingError
 from eos_vllm.core.profile import Profile, read_profile
 
@@ -184,7 +185,8 @@ def _opponent(settings: OpponentSettings, folder: Path, processes: int | None) -
         return run_opponent(settings, folder, (folder / SETTINGS).exists(), processes).profile
     held = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     for name, value in settings.to_dict().items():
-        if held.get(name) != value:
+        had_more = name == "seconds" and (held.get(name) or 0.0) >= value  # an advantage for it, if any
+        if held.get(name) != value and not had_more:
             problem = f"the search in {folder} has {held.get(name)!r}"
             raise SettingError(name, value, problem, "give the same settings, or another --runs")
     return read_profile(folder / THETA)
@@ -199,8 +201,9 @@ def _found(method: str, seed: int, profile: Profile, plan: Plan, seconds: float)
 
 
 def at_reachable_costs(profile: Profile, costs: Sequence[int]) -> tuple[Profile, tuple[int, ...]]:
-    """The profile with a schedule for each cost that its layers can have, and these costs."""
-    draft = profile.model_copy(update={"schedules": {}})
+    """The profile with a schedule for each cost that its layers can have, its own where it has one, and these costs."""
+    own = {str(cost): profile.schedules[str(cost)] for cost in costs if _has_own(profile, cost)}
+    draft = profile.model_copy(update={"schedules": own})
     reachable = []
     for cost in costs:
         try:
@@ -209,3 +212,8 @@ def at_reachable_costs(profile: Profile, costs: Sequence[int]) -> tuple[Profile,
             continue
         reachable.append(cost)
     return (at_costs(draft, reachable) if reachable else profile), tuple(reachable)
+
+
+def _has_own(profile: Profile, cost: int) -> bool:
+    counts = profile.schedules.get(str(cost))
+    return counts is not None and abs(layer_average(profile, counts) - cost) <= OFF

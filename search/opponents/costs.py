@@ -13,7 +13,7 @@ from eos_vllm.core.profile import SCHEMA, ModelSpec, Profile, Withdrawal, parse_
 # Each halves a range of two tokens: what is left of it is below what any count can tell apart.
 _HALVINGS = 14
 # What rounding to whole tokens may leave between a cost and the nearest counts.
-_OFF = 0.5
+OFF = 0.5
 
 
 def at_costs(draft: Profile, costs: Sequence[int]) -> Profile:
@@ -21,7 +21,7 @@ def at_costs(draft: Profile, costs: Sequence[int]) -> Profile:
 
     Args:
         draft: gives everything else; its retain shares say how reducers divide the reduction. Its measure is
-            ``layer_average``, and it has no schedules of its own.
+            ``layer_average``; schedules of its own stay as they are.
         costs: layer averages in tokens, each below the image's; the first becomes the profile's budget.
 
     Returns:
@@ -44,9 +44,13 @@ def at_costs(draft: Profile, costs: Sequence[int]) -> Profile:
 def nearest_counts(draft: Profile, cost: int) -> tuple[int, ...]:
     """Counts after each reducer, of those that the profile's rule gives, with the layer average nearest to ``cost``.
 
+    A schedule of the draft's own for that cost comes first.
+
     Raises:
         BudgetError: as :func:`at_costs`.
     """
+    if (own := draft.schedules.get(str(cost))) is not None:
+        return own
     total = image_size(draft)
     best = kept_counts(draft, cost)
     # One power, then rounding: each segment is off by less than a token, and so is their mean.
@@ -62,7 +66,7 @@ def nearest_counts(draft: Profile, cost: int) -> tuple[int, ...]:
         if abs(found - cost) < abs(layer_average(draft, best) - cost):
             best = counts
         low, high = (middle, high) if found < cost else (low, middle)
-    if abs(off := (nearest := layer_average(draft, best)) - cost) > _OFF + 1e-9:
+    if abs(off := (nearest := layer_average(draft, best)) - cost) > OFF + 1e-9:
         bound, remedy = ("least", "more, or a smaller minimum") if off > 0 else ("most", "less, or reduce later")
         raise BudgetError(
             "cost", cost, f"the layers of {draft.name} come to {nearest:.1f} at {bound}", f"give {remedy}"

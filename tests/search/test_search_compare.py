@@ -144,6 +144,13 @@ def test_a_comparison_from_end_to_end(small_path: Path, tmp_path: Path, capsys: 
     before = [file.stat().st_mtime_ns for file in ended]
     assert main(argv) == 0
     assert [file.stat().st_mtime_ns for file in ended] == before
+    held = tmp_path / "runs/random-s0/settings.json"
+    settings = json.loads(held.read_text())
+    for factor, code in ((1.5, 0), (0.5, 2)):  # an opponent may have had more, not less
+        held.write_text(json.dumps(settings | {"seconds": factor * settings["seconds"]}))
+        assert main(argv) == code
+    assert "seconds=" in capsys.readouterr().err
+    held.write_text(json.dumps(settings))
     for changed, match in ((["--judge-images", "2"], "images=2"), (["--costs", "20,9"], "serve_budgets|costs")):
         assert main([*argv, *changed]) == 2
         assert re.search(match, capsys.readouterr().err)

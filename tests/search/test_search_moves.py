@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from search_cases import LAYERS, kill_at, make_rules, make_settings, make_theta
 
 from eos_search.loop import Trainer
-from eos_search.moves import Move, best_move, carry_out, moved, moves_of
+from eos_search.moves import Move, best_gain, carry_out, moved, moves_of
 from eos_search.objective import Objective, TaskTerms
 from eos_search.run import run_search
 from eos_search.structure import acting_of
@@ -51,18 +51,18 @@ def test_moves_go_to_free_places(acting: set[int]) -> None:
 def test_a_move_is_taken_for_more_than_noise() -> None:
     moves = [Move(1, 0), Move(1, 2)]
     losses = torch.tensor([[1.0, 1.0, 1.0], [0.9, 1.2, 0.8], [0.8, 0.7, 0.9]])
-    assert best_move(moves, losses, [0, 0, 0]) == Move(1, 2)
+    assert best_gain(moves, losses, [0, 0, 0]) == Move(1, 2)
     # A mean gain of 0.03 with a standard error of 0.12.
-    assert best_move(moves[:1], losses[:2], [0, 0]) is None
+    assert best_gain(moves[:1], losses[:2], [0, 0]) is None
     # What is no loss of a row counts in full: a dearer place has to be worth it.
-    assert best_move(moves, losses, [0, 0, 0.3]) is None
-    assert best_move(moves, losses, [0.3, 0, 0.3]) == Move(1, 0)
-    assert best_move(moves, losses[:, :1], [0, 0, 0]) is None
-    assert best_move(moves, losses.nan_to_num(0) * torch.nan, [0, 0, 0]) is None
+    assert best_gain(moves, losses, [0, 0, 0.3]) is None
+    assert best_gain(moves, losses, [0.3, 0, 0.3]) == Move(1, 0)
+    assert best_gain(moves, losses[:, :1], [0, 0, 0]) is None
+    assert best_gain(moves, losses.nan_to_num(0) * torch.nan, [0, 0, 0]) is None
     # Over two processes with the same rows twice as many are there, and the error is smaller.
     close = torch.tensor([[1.0, 1.0], [1.0, 0.5]])
-    assert best_move(moves[:1], close, [0, 0]) is None
-    assert best_move(moves[:1], close, [0, 0], lambda sums: 2 * sums) == Move(1, 0)
+    assert best_gain(moves[:1], close, [0, 0]) is None
+    assert best_gain(moves[:1], close, [0, 0], lambda sums: 2 * sums) == Move(1, 0)
 
 
 def test_what_the_optimizer_remembers_goes_along() -> None:
