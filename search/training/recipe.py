@@ -1,7 +1,7 @@
 """Recipes: how an embedded model is made, all of it as parameters. ``clutter1`` is the one of the packaged model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from eos_vllm.cluttervqa import Version, version_of
@@ -67,7 +67,7 @@ class Recipe:
         places: where the layers of the shallow language model go when it grows; their number is its depth. New layers
             pass everything on at first.
         mix: kinds of the questions about an image, in turns.
-        last_mix: the same in the last stage; empty: as before it.
+        mixes: other kinds in the stages of these names.
         stages: in their order.
         unseeing: first decoder layer, and the one behind the last, in which text sees no image on blind steps.
         heads_at: layers of the shallow model behind which auxiliary losses find objects at their names (with
@@ -91,7 +91,7 @@ class Recipe:
     pointers: bool = False
     end: float = 0.1
     begins: str | None = None
-    last_mix: tuple[str, ...] = ()
+    mixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def benchmark(self) -> Version:
@@ -110,7 +110,7 @@ class Recipe:
 
     def mix_in(self, stage: Stage) -> tuple[str, ...]:
         """Kinds of a stage's questions, in turns."""
-        return self.last_mix if self.last_mix and stage == self.stages[-1] else self.mix
+        return self.mixes.get(stage.name, self.mix)
 
     def thinning(self, stage: Stage, step: int, part: int) -> Thinning | None:
         """What is dropped in one part of a step: a function of the step, as the data is; None for nothing."""
@@ -155,6 +155,7 @@ CLUTTER1 = Recipe(
     copied=((2, 3),),
 )
 
+_SLOW = ("presence", "scene", "counting")
 CLUTTER2 = Recipe(
     name="clutter2",
     version=2,
@@ -184,22 +185,25 @@ CLUTTER2 = Recipe(
         Stage("shallow", 6, 3200, 1.5e-3, 5e-4, (Part(2, 20),), clip=2.0, thin=0.7),
         Stage("grown", 12, 400, 1.2e-3, 8e-4, (Part(2, 12), Part(3, 5)), clip=2.0, thin=0.7),
         Stage("full", 12, 1500, 1.0e-3, 1e-5, (Part(2, 10), Part(4, 6)), clip=2.0, thin=0.7),
+        Stage("settled", 12, 600, 7e-4, 1e-5, (Part(2, 12), Part(4, 5)), clip=2.0, thin=0.5),
     ),
     pointers=True,
     end=0.5,  # a string's end has to be seen
-    # Half of the last questions are of the kinds that are slowest to learn: whole images have to be gone through.
-    last_mix=(
-        "presence",
-        "scene",
-        "counting",
-        "reading",
-        "detail",
-        "presence",
-        "scene",
-        "counting",
-        "attribute",
-        "relation",
-    ),
+    # Whole images have to be gone through for the kinds that are slowest to learn, and counting is the slowest.
+    mixes={
+        "full": (*_SLOW, "reading", "detail", *_SLOW, "attribute", "relation"),
+        "settled": (
+            "counting",
+            "scene",
+            "counting",
+            "presence",
+            "counting",
+            "reading",
+            "detail",
+            "attribute",
+            "relation",
+        ),
+    },
 )
 
 
@@ -209,8 +213,8 @@ def _planted(name: str, places: tuple[int, ...], unseeing: tuple[int, int]) -> R
     It need not answer as well as the fair model, only read there: the last stage is shorter.
     """
     grown = {"grown": {"blind": 0.6}, "full": {"blind": 0.6, "steps": 600}}
-    stages = tuple(replace(stage, **grown.get(stage.name, {})) for stage in CLUTTER2.stages)  # type: ignore[arg-type]
-    changed = {"name": name, "places": places, "unseeing": unseeing, "stages": stages, "last_mix": ()}
+    stages = tuple(replace(stage, **grown.get(stage.name, {})) for stage in CLUTTER2.stages[:-1])  # type: ignore[arg-type]
+    changed = {"name": name, "places": places, "unseeing": unseeing, "stages": stages, "mixes": {}}
     return replace(CLUTTER2, begins=CLUTTER2.name, **changed)  # type: ignore[arg-type]
 
 

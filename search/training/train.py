@@ -84,6 +84,8 @@ class Run:
             state = torch.load(file, map_location=self.device, weights_only=True)
             held = {name: state[name] for name in ("seed", "recipe")}
             held["stages"] = json.loads(state["stages"])[:shared]
+            # What it did is the same where its recipe had fewer stages in the end.
+            shared = len(held["stages"]) if shared is None else shared
             origins = json.loads(state["origins"])
         except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
             problem = f"cannot be gone on from ({type(error).__name__})"
