@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from search_cases import make_settings
 
-from benchmarks.served_comparison import begin, figure, measure, table
+from benchmarks.served_comparison import begin, figure, is_steady, measure, table
 from eos_search.accuracy import AVERAGE
 from eos_search.comparison.searches import Plan, at_reachable_costs
 from eos_search.comparison.summary import against_best, by_method, tables
@@ -203,6 +203,7 @@ def check_served(result: dict[str, Any], model: Path) -> None:
     rows = table(served).splitlines()
     assert [line.count("; 2.00x") for line in rows[4:]] == [2, 0]
     assert [line.count("; 3.00x") for line in rows[4:]] == [0, 2]
+    assert [is_steady(stock) for stock in ([1.0, 1.5, 1.2], [1.0, 1.6, 1.2])] == [True, False]
     _, data = figure(served)
     assert {p["over_stock"] for p in data["profiles"]["random-s0"]} == {3.0}
 
