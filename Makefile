@@ -109,6 +109,7 @@ embedded-model: setup
 	$(BIN)/eos-search evaluate --model $(NEW_MODEL) --benchmark-version 2 --profiles none,blind --images 1200 \
 		--per-kind 600 --out results/$(RECIPE)-heldout.json
 	$(BIN)/eos-search discriminates --model $(NEW_MODEL) --images 600 --per-kind 300 \
+		--selectors maxmin,mmr,coverage,received,rarity,cls \
 		--out results/$(RECIPE)-discriminates.json
 endif
 

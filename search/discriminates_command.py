@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eos_search.discrimination import BUDGET, WITHOUT, verdict, with_both_means, yardsticks
+from eos_search.answerers import Case
+from eos_search.discrimination import BUDGET, WITHOUT, selecting_profile, verdict, with_both_means, yardsticks
 from eos_search.evaluate_command import check, measure
 from eos_search.evaluation import cases, table
 from eos_search.raw import read_result
+from eos_search.selectors import NAMED
 from eos_vllm.cluttervqa import SPLITS, VERSIONS
 from eos_vllm.core.errors import EosError
 
@@ -23,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--profiles", default="", help="comma-separated names or paths, for the table only")
+    parser.add_argument("--selectors", default="", help="more that choose, for the table only: " + ", ".join(NAMED))
     parser.add_argument("--budget", type=int, default=BUDGET, help="tokens (default: %(default)s)")
     parser.add_argument(
         "--benchmark-version", type=int, choices=tuple(VERSIONS), default=2, help="of ClutterVQA (default: %(default)s)"
@@ -52,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
     if args.table:
         result = read_result(args.table)
     else:
-        wanted = yardsticks(*sizes(args.model), args.budget)
+        size = sizes(args.model)
+        wanted = yardsticks(*size, args.budget)
+        for name in filter(None, args.selectors.split(",")):
+            wanted.append(Case(name, selecting_profile(*size, args.budget, name), args.budget))
         if args.profiles:
             wanted += cases([name.strip() for name in args.profiles.split(",")], [args.budget])
         result = measure(args, wanted)

@@ -13,6 +13,7 @@ from eos_search.ablations.tables import result_rows
 from eos_search.accuracy import AVERAGE, Share, accuracy, difference
 from eos_search.answerers import STOCK, Case
 from eos_search.scorers import scorer_of
+from eos_search.selectors import named_selector
 from eos_vllm.cluttervqa import Row
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import SCHEMA, Profile, parse_profile
@@ -24,13 +25,21 @@ APART = "counting"
 WITHOUT = f"average without {APART}"
 
 
-def uniform_profile(layers: int, visual_tokens: int, keep: int) -> Profile:
-    """Every n-th patch before the decoder of a model of so many layers, and nothing behind it."""
+def selecting_profile(layers: int, visual_tokens: int, keep: int, name: str = UNIFORM) -> Profile:
+    """What a selector (:data:`eos_search.selectors.NAMED`) chooses before the decoder of a model of so many layers.
+
+    Nothing acts behind it, and what is not chosen is dropped.
+
+    Raises:
+        SettingError: no selector has the name.
+    """
+    selector = named_selector(name)
+    assert selector is not None
     reducer = {"gamma": 0.0, "tau": 1.0, "theta": 0.0, "rho": 0.0, "nu": 0.0}
     reducer |= {"gate": 1.0, "discard": 1 - keep / visual_tokens}
     data = {
         "schema": SCHEMA,
-        "name": UNIFORM,
+        "name": name,
         "description": "",
         "model": {
             "architecture": "LlavaForConditionalGeneration",
@@ -39,11 +48,11 @@ def uniform_profile(layers: int, visual_tokens: int, keep: int) -> Profile:
         },
         "importance": {"queries": "image", "heads": "mean"},
         "operator": {"gate_sharpness": 10.0, "norm": "token"},
-        "reducers": [{"layer": -1, "select": {"rule": "uniform"}} | reducer],
+        "reducers": [{"layer": -1, "select": selector.model_dump()} | reducer],
         "budget": {"measure": "final", "tokens": keep, "minimum": 1},
         "provenance": {},
     }
-    return parse_profile(data, UNIFORM)
+    return parse_profile(data, name)
 
 
 def yardsticks(layers: int, visual_tokens: int, keep: int = BUDGET) -> list[Case]:
@@ -55,7 +64,7 @@ def yardsticks(layers: int, visual_tokens: int, keep: int = BUDGET) -> list[Case
     if not 1 <= keep < visual_tokens:
         problem = f"is not from 1 to {visual_tokens - 1}, for an image has {visual_tokens} tokens"
         raise EosError("--budget", keep, problem, "give fewer than the model has")
-    profile = uniform_profile(layers, visual_tokens, keep)
+    profile = selecting_profile(layers, visual_tokens, keep)
     return [
         Case(STOCK, None, None),
         Case(UNIFORM, profile, keep),

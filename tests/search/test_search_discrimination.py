@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eos_search.discrimination import WITHOUT, uniform_profile, verdict, with_both_means, yardsticks
+from eos_search.discrimination import WITHOUT, selecting_profile, verdict, with_both_means, yardsticks
 from eos_search.main import main
 from eos_search.raw import read_result
 from eos_search.reference import ReferenceModel
@@ -63,7 +63,7 @@ def test_a_result_without_a_yardstick_is_refused():
 
 
 def test_the_uniform_yardstick_keeps_every_nth_patch_before_the_decoder():
-    profile = uniform_profile(12, 576, 64)
+    profile = selecting_profile(12, 576, 64)
     assert (profile.before is not None, profile.layers) == (True, ())
     assert Planner(profile).image_tokens(64) == 64
     with pytest.raises(EosError, match="--budget=576"):
@@ -88,7 +88,7 @@ def test_the_oracle_keeps_the_patches_that_a_question_needs(index):
 
 def test_given_scores_choose_what_enters_the_decoder(small):
     model, processor = small
-    reference = ReferenceModel(model, processor, uniform_profile(6, 36, 9))
+    reference = ReferenceModel(model, processor, selecting_profile(6, 36, 9))
     sample = make_sample("test", 1, version=2)
     prompt = "USER: <image>\nWhich code is red? ASSISTANT:"
     scores = torch.rand(36, generator=torch.Generator().manual_seed(0))
@@ -116,6 +116,12 @@ def test_the_command_judges_and_keeps_what_it_measured(small_path, tmp_path, cap
     assert raw["cases"][1]["replies"] != raw["cases"][2]["replies"]
     assert main([*given, "--table", str(out)]) == 1
     assert capsys.readouterr().out == said
+    more = [*given, "--images", "2", "--processes", "1", "--selectors", "mmr,coverage"]
+    assert main(more) == 1
+    assert "\n| mmr |  | " in capsys.readouterr().out
+    assert [case["profile"] for case in read_result(out)["cases"]] == ["none", "uniform", "oracle", "mmr", "coverage"]
+    assert main([*more[:-1], "typo"]) == 2
+    assert "no selector has this name" in capsys.readouterr().err
     assert main([*given[:4], "36", *given[5:]]) == 2
     assert "--budget=36" in capsys.readouterr().err
     assert main(["discriminates", "--model", str(tmp_path)]) == 2
