@@ -232,6 +232,19 @@ def test_a_planted_training_begins_behind_the_stages_that_it_shares(tmp_path, mo
             Run(tmp_path / "refused", CPU, seed, recipe).begin({}, folder)
 
 
+def test_a_training_goes_on_where_its_recipe_has_got_a_stage_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "validate", lambda *_: {"mean": 0.0})
+    short = replace(TOY, stages=tuple(replace(stage, steps=2) for stage in TOY.stages))
+    Run(tmp_path / "run", CPU, 0, short).train()
+    longer = replace(short, stages=(*short.stages, replace(short.stages[-1], name="settled")))
+    more = Run(tmp_path / "run", CPU, 0, longer)
+    assert more.begin({})
+    assert (more.stage, more.step) == (len(short.stages), 0)
+    fewer = replace(short, stages=short.stages[:-1])
+    with pytest.raises(EosError, match="other stages"):
+        Run(tmp_path / "run", CPU, 0, fewer).begin({})
+
+
 def test_nothing_in_the_fair_recipe_says_where_the_image_is_read():
     assert CLUTTER2.heads_at is None
     assert not range(*CLUTTER2.unseeing)
