@@ -115,12 +115,13 @@ def _timed_replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Ro
 
 def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -> list[list[str]]:
     """Replies to all questions about the images of a job, in each case."""
+    from eos_search.batched import answer_together
     from eos_search.reference import ReferenceModel
 
     images, rows = job
     pictures = [Image.open(file).convert("RGB") for file in images]
     processor, max_tokens = _WORKER["processor"], _WORKER["max_tokens"]
-    tokenizer = processor.tokenizer
+    tokenizer, eos = processor.tokenizer, processor.tokenizer.eos_token_id
     profile = cases[0].profile
     # Of single questions the first turn ends with the prompt, wherever the template says so.
     pinned = profile is not None and profile.window == "turn" and any(row.history for row in rows)
@@ -135,10 +136,14 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
     side = vision.image_size // vision.patch_size
     earlier = rows_before(rows)
     replies: list[list[str]] = [[] for _ in cases]
-    for i, row in enumerate(rows):
-        for case, found in zip(cases, replies, strict=True):
-            keep = 0 if reference.planner is None else reference.planner.image_tokens(case.budget)
-            asked, spans, shared = entered[keep]
+    for case, found in zip(cases, replies, strict=True):
+        keep = 0 if reference.planner is None else reference.planner.image_tokens(case.budget)
+        asked, spans, shared = entered[keep]
+        if case.selection is None and shared is not None:
+            answers = answer_together(reference, asked, spans[0], shared, case.budget, max_tokens, eos)
+            found.extend(tokenizer.decode(ids, skip_special_tokens=True) for ids in answers)
+            continue
+        for i, row in enumerate(rows):
             embeddings, ids = asked[i]
             scores: Any = None
             if case.selection in SELECTIONS:
@@ -152,7 +157,7 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
             elif case.selection == EARLIER:
                 scores = reference.prefill(asked[earlier[i]][0], spans, case.budget, shared=shared).scores
             state = reference.prefill(embeddings, spans, case.budget, scores, shared, ids)
-            ids = reference.answer(state, len(embeddings), max_tokens, tokenizer.eos_token_id).token_ids
+            ids = reference.answer(state, len(embeddings), max_tokens, eos).token_ids
             found.append(tokenizer.decode(ids, skip_special_tokens=True))
     return replies
 

@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seeds", default="0,1,2", help="of every search (default: %(default)s)")
     parser.add_argument("--judge-images", type=int, default=72, help="validation images (default: %(default)s)")
     parser.add_argument("--images", type=int, default=600, help="test images (default: %(default)s)")
+    parser.add_argument("--first-image", type=int, default=0, help="number of the first of them (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=None, help="default: one for each core")
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="folder of the searches")
     parser.add_argument("--out", type=Path, default=None, help="raw result")
@@ -40,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--figure", type=Path, default=None, help="draw it to this PNG")
     parser.set_defaults(
         run=run, rows=None, base_url=None, page=None, against=None, per_kind=None, scorer=None, split="test",
-        served_model="embedded", max_tokens=8, first_image=0,
+        served_model="embedded", max_tokens=8,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,17 +206,19 @@ def _fitted(ready: _Ready, task: ModelTask, say: Callable[[str], None]) -> dict[
     stop = settings.steps + math.ceil(settings.fit_rows / settings.batch_size)
     rows = [row for batch in _loader(ready, settings.steps, stop) for row in batch]
     answers = ready.objective.cross_entropy
+    if answers:  # what is served are answers; states that deviate are a means to them, and not worth their pass here
+        task = replace(task, objective=replace(task.objective, lambda_align=0.0, lambda_kl=0.0))
 
     def loss(row: Any, values: ThetaValues, structure: Structure) -> float:
         terms = task(row, values, structure)
-        # What is served are answers; states that deviate are a means to them.
         return (terms.cross_entropy if answers else terms.total).item()
 
     def add_up(sums: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
 
-    say(f"choosing counts at {len(settings.serve_budgets)} budgets by {len(rows)} rows")
-    return fit_schedules(ready.theta(), ready.rules, settings.serve_budgets, rows, loss, add_up)
+    budgets = settings.fit_budgets or settings.serve_budgets
+    say(f"choosing counts at {len(budgets)} budgets by {len(rows)} rows")
+    return fit_schedules(ready.theta(), ready.rules, budgets, rows, loss, add_up)
 
 
 def _task(ready: _Ready) -> ModelTask:

@@ -90,6 +90,7 @@ class SearchSettings(BaseModel):
     move_every: int = Field(0, ge=0, description="steps between moves of reducers to other layers (default: none)")
 
     fit_rows: int = Field(0, ge=0, description="rows that choose counts at served budgets (default: none)")
+    fit_budgets: Layers = Field((), description="served budgets whose counts they choose (default: all)")
 
     queries: QueryRule = Field("relevant_text", description="query rule of the importance scores")
     norm: Literal["token", "frobenius"] = Field("token", description="norm that nu preserves")
@@ -115,7 +116,7 @@ class SearchSettings(BaseModel):
     log_every: int = Field(10, ge=1, description="steps between records of Theta itself")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
 
-    @field_validator("serve_budgets")
+    @field_validator("serve_budgets", "fit_budgets")
     @classmethod
     def _budgets_are_positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(budget < 1 for budget in value):

@@ -118,6 +118,9 @@ def _check_together(settings: SearchSettings) -> None:
     if settings.constraint == "lagrangian" and "discard" in settings.frozen:
         problem, remedy = "frozen discards cannot be moved to meet a budget", "let discard learn, or take penalty"
         raise SettingError("constraint", settings.constraint, problem, remedy)
+    if unserved := [budget for budget in settings.fit_budgets if budget not in settings.serve_budgets]:
+        remedy = f"choose from {', '.join(map(str, settings.serve_budgets)) or 'those that serve_budgets names'}"
+        raise SettingError("fit_budgets", unserved[0], "is no served budget", remedy)
     changed = settings.gate_on != GATE_ON or settings.gate_off != GATE_OFF
     if changed and not settings.gate_off < settings.gate_threshold < settings.gate_on:
         problem = f"gate_off={settings.gate_off} < gate_threshold={settings.gate_threshold} < gate_on does not hold"

@@ -19,6 +19,7 @@ from eos_search.schedules import fit_schedules, other_counts
 from eos_search.selectors import named_selector
 from eos_search.structure import Rules, read_structure
 from eos_vllm.core.budget import cost, kept_counts
+from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import read_profile
 from support.interruptions import broken_off
 
@@ -141,6 +142,20 @@ def test_rows_that_choose_counts_are_none_of_the_steps(
     found = run_search(make_settings(small_path, tmp_path / "run", **FITTED, batch_size=1), quiet=True)
     assert len(seen) == len(set(seen)) == 8  # of ten, two have been in steps
     assert set(found.profile.schedules) == {str(found.profile.budget.tokens)}
+
+
+def test_counts_of_some_served_budgets(small_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def fit(_values: Any, _rules: Any, budgets: Any, *_: Any) -> dict[str, Any]:
+        asked.append(budgets)
+        return {}
+
+    monkeypatch.setattr(search_run, "fit_schedules", fit)
+    run_search(make_settings(small_path, tmp_path / "run", **FITTED, fit_budgets=(12,)), quiet=True)
+    assert asked == [(12,)]
+    with pytest.raises(SettingError, match="fit_budgets=13: is no served budget; choose from 20, 12"):
+        run_search(make_settings(small_path, tmp_path / "other", **FITTED, fit_budgets=(13,)), quiet=True)
 
 
 def test_of_several_starts_only_the_best_is_fitted(small_path: Path, tmp_path: Path) -> None:
