@@ -128,10 +128,11 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
     marker = marker_of(processor) if pinned else ()
     reference = ReferenceModel(_WORKER["model"], processor, profile, block=cases[0].block, marker=marker)
     entered: dict[int, tuple[list[Any], list[Any], Any]] = {}
+    towers: dict[int, Any] = {}
     for case in cases:
         keep = 0 if reference.planner is None else reference.planner.image_tokens(case.budget)
         if keep not in entered:
-            entered[keep] = _entering(reference, rows, pictures, case.budget)
+            entered[keep] = _entering(reference, rows, pictures, case.budget, towers)
     vision = _WORKER["model"].config.vision_config
     side = vision.image_size // vision.patch_size
     earlier = rows_before(rows)
@@ -152,7 +153,7 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
                 if profile is not None and profile.before is not None:
                     # Chosen before the decoder: each question has an image of its own.
                     prompt = chat_prompt(processor, row.prompt, len(pictures), row.history)
-                    embeddings, spans, _ = reference.embed(prompt, pictures, case.budget, scores)
+                    embeddings, spans, _ = reference.embed(prompt, pictures, case.budget, scores, towers)
                     scores = shared = None
             elif case.selection == EARLIER:
                 scores = reference.prefill(asked[earlier[i]][0], spans, case.budget, shared=shared).scores
@@ -163,7 +164,7 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
 
 
 def _entering(
-    reference: Any, rows: Sequence[Row], pictures: Sequence[Any], budget: RetainBudget | None
+    reference: Any, rows: Sequence[Row], pictures: Sequence[Any], budget: RetainBudget | None, towers: dict[int, Any]
 ) -> tuple[Any, Any, Any]:
     """Embeddings and token ids of each row, the images' spans, and what all of them share where that is one image."""
     before = shared = None
@@ -171,7 +172,7 @@ def _entering(
     for row in rows:
         prompt = chat_prompt(reference.processor, row.prompt, len(pictures), row.history)
         if before is None:
-            embeddings, spans, ids = reference.embed(prompt, pictures, budget)
+            embeddings, spans, ids = reference.embed(prompt, pictures, budget, seen_before=towers)
             if len(spans) == 1:
                 before, head = embeddings[: spans[0].end], ids[: spans[0].end].tolist()
                 shared = reference.share(before)

@@ -96,18 +96,29 @@ def evaluate(
         in the cases behind it.
     """
     known = {key(record): record["replies"] for record in done}
+    # Two searches may find one profile: what it replies does not depend on its name.
+    same: dict[tuple[Any, ...], Any] = {}
     records: list[dict[str, Any]] = []
     stock = None
     for name, group in groupby(wanted, key=lambda case: case.name):
         described = [(case, describe(case)) for case in group]
+        for case, about in described:
+            if (does := _does(case, about)) in same:
+                known.setdefault(key(about), same[does])
         missing = [case for case, about in described if key(about) not in known]
         fresh = iter(answerer.answer(rows, missing, progress(name)) if missing else ())
         for case, about in described:
             replies = next(fresh) if case in missing else known[key(about)]
             stock = replies if name == STOCK else stock
+            same[_does(case, about)] = replies
             records.append(about | {"replies": replies} | marks(rows, replies, stock, scorer))
         keep(records)
     return records
+
+
+def _does(case: Case, about: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All that a case's replies depend on."""
+    return about["does"], about["budget"], case.selection, case.blind, case.changed, case.block
 
 
 def marks(

@@ -4,7 +4,7 @@ It shares operator, importance and plan with the server and nothing else: plain 
 cache whose layers differ in length, no paging, no batching. What the server answers is held against it token by token.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from eos_vllm.core.layout import Entry, build_layout
 from eos_vllm.core.plan import ImageSpan, Planner, RequestPlan
 from eos_vllm.core.profile import Profile
 from eos_vllm.core.reduction import image_query_weights, reduce_tokens
+from eos_vllm.core.selectors import TowerOutput
 
 
 @dataclass
@@ -119,6 +120,7 @@ class ReferenceModel:
         images: Sequence[Image.Image],
         budget: RetainBudget | None = None,
         scores: torch.Tensor | None = None,
+        seen_before: MutableMapping[int, TowerOutput] | None = None,
     ) -> tuple[torch.Tensor, list[ImageSpan], torch.Tensor]:
         """Turns a prompt into what enters decoder layer 0.
 
@@ -127,6 +129,7 @@ class ReferenceModel:
             images: the images.
             budget: this request's retain budget; a reducer before the decoder needs it here already.
             scores: ``[patches]``, whose highest that reducer keeps in place of its selector's choice.
+            seen_before: as of :func:`~eos_search.tower.entering_tokens`.
 
         Returns:
             Embeddings ``[tokens, d]``, image spans, token ids ``[tokens]``.
@@ -137,7 +140,7 @@ class ReferenceModel:
             return (*embed_inputs(self.model, ids, inputs.get("pixel_values")), ids)
         profile, keep = self.planner.profile, self.planner.image_tokens(budget)
         pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-        tokens = entering_tokens(self.model, pixels, profile, keep, scores)
+        tokens = entering_tokens(self.model, pixels, profile, keep, scores, seen_before)
         visual = ids == self.model.config.image_token_id
         # Of each image the first K placeholders stay.
         ids = ids[~visual | ((visual.cumsum(dim=0) - 1) % profile.model.visual_tokens < keep)]

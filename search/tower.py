@@ -1,6 +1,7 @@
 """What the vision tower of a Hugging Face LLaVA gives a selector, and the tokens that then enter the decoder."""
 
 import math
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -48,11 +49,23 @@ def tower_output(model: Any, pixels: torch.Tensor, selector: Selector) -> TowerO
 
 @torch.no_grad()
 def entering_tokens(
-    model: Any, pixels: torch.Tensor, profile: Profile, keep: int, scores: torch.Tensor | None = None
+    model: Any,
+    pixels: torch.Tensor,
+    profile: Profile,
+    keep: int,
+    scores: torch.Tensor | None = None,
+    seen_before: MutableMapping[int, TowerOutput] | None = None,
 ) -> list[torch.Tensor]:
     """Visual tokens of each image that enter the decoder ``[K, d]`` each, by the profile's reducer before it.
 
-    With ``scores`` ``[N]`` the highest are kept in place of the selector's choice.
+    Args:
+        model: a Hugging Face LLaVA.
+        pixels: processed images ``[B, 3, h, w]``.
+        profile: the profile.
+        keep: K.
+        scores: ``[N]``, whose highest are kept in place of the selector's choice.
+        seen_before: what the tower gave of each image, by its number: taken from there, and put there where missing.
+            It spares a caller who asks about the same images at several K the tower's pass.
     """
     assert profile.before is not None
     assert profile.selector is not None
@@ -62,8 +75,10 @@ def entering_tokens(
         return list(tower_output(model, smaller, selector).projected)
     # One image at a time: the reference has no batches.
     found = []
-    for image in pixels:
-        seen = tower_output(model, image[None], selector)
+    known = {} if seen_before is None else seen_before
+    for number, image in enumerate(pixels):
+        if (seen := known.get(number)) is None:
+            seen = known[number] = tower_output(model, image[None], selector)
         params = profile.params_of(profile.before)
         if scores is None or keep >= seen.total:
             found.append(preselect(seen, selector, params, keep)[0])

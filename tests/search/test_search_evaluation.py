@@ -100,6 +100,23 @@ def test_replies_are_the_references_own(answerer, rows, tiny_model):
         assert reply == reference.processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_what_does_the_same_under_another_name_is_asked_once(answerer, rows):
+    asked = []
+
+    class Counting:
+        def answer(self, rows, cases, progress):
+            asked.extend((case.name, case.budget) for case in cases)
+            return answerer.answer(rows, cases, progress)
+
+    first, other = cases(["embedded-fastv", "random@embedded-fastv"], [8])
+    wanted = [first, replace(first, name="again"), replace(other, name="random@again"), replace(first, budget=16)]
+    records = evaluate(Counting(), rows, wanted, lambda _: lambda n: None)
+    assert asked == [("embedded-fastv", 8), ("random@again", 8), ("embedded-fastv", 16)]
+    replies = [record["replies"] for record in records]
+    assert replies[0] == replies[1] != replies[2]
+    assert [record["profile"] for record in records] == ["embedded-fastv", "again", "random@again", "embedded-fastv"]
+
+
 def test_a_stopped_evaluation_goes_on_from_its_file(tmp_path, tiny_model, capsys):
     out = tmp_path / "result.json"
     common = ["--model", str(tiny_model), "--images", "2", "--max-tokens", "2", "--processes", "1", "--out", str(out)]
