@@ -68,10 +68,15 @@ def write(file: Path, result: dict[str, Any]) -> None:
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+def quiet_engines(**more: str) -> None:
+    """Engines shall be quiet, unless the environment says otherwise; ``more`` are variables."""
+    for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", **more}.items():
+        os.environ.setdefault(name, value)
+
+
 def engines_in_process(**more: str) -> None:
     """Engines shall run in this process and be quiet, unless the environment says otherwise; ``more`` are variables."""
-    for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", **more}.items():
-        os.environ.setdefault(name, value)
+    quiet_engines(VLLM_ENABLE_V1_MULTIPROCESSING="0", **more)
 
 
 @contextmanager

@@ -1,7 +1,12 @@
-"""How many questions a second an engine answers under a profile at each cost, each engine between two of stock."""
+"""How many questions a second an engine answers under a profile at each cost, against stock in the same minute.
 
+Both engines are up all the time, each in a process of its own as under ``vllm serve``, and take turns of a second or
+two: a machine that is slow for a while is slow for both.
+"""
+
+import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +14,13 @@ from eos_vllm.cluttervqa import Row
 from eos_vllm.core.budget import REQUEST_FIELD
 from eos_vllm.core.profile import Profile
 
-REQUESTS, REPEATS = 48, 3
+REQUESTS, REPEATS = 48, 5
 
 
 def speeds(
     model: Path, rows: Sequence[Row], wanted: Iterable[tuple[str, Profile, Sequence[int]]]
 ) -> Iterator[dict[str, Any]]:
-    """Speeds of profiles one after the other; the engine of stock behind one is the one in front of the next.
+    """Speeds of profiles one after the other, all of them against one engine of stock.
 
     Args:
         model: directory of the model.
@@ -23,56 +28,82 @@ def speeds(
         wanted: name, profile and costs of each.
 
     Yields:
-        ``profile``, ``stock`` and by cost ``requests_per_second``, each a list with a figure for each round.
+        ``profile``; by cost ``requests_per_second``, a list with a figure for each round; and ``stock``, in the order
+        of time: round by round one figure in front of each cost.
     """
-    before: list[float] = []
-    for name, profile, costs in wanted:
-        before = before or run_engine(model, rows, None, [])[0]
-        ours, after = run_engine(model, rows, profile, costs), run_engine(model, rows, None, [])[0]
-        yield {
-            "profile": name,
-            "stock": before + after,
-            "requests_per_second": {str(cost): ours[cost] for cost in costs},
-        }
-        before = after
-
-
-def run_engine(
-    model: Path, rows: Sequence[Row], profile: Profile | None, costs: Sequence[int]
-) -> dict[int, list[float]]:
-    """Requests per second of one engine with its own defaults, exact counts, by cost; 0 stands for stock."""
-    from PIL import Image
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    extra: dict[str, Any] = {}
-    if profile is not None:
-        eos = {"profile": profile.to_dict(), "retain": max(costs), "exact_counts": True}
-        extra["additional_config"] = {"eos": eos}
-    llm: Any = LLM(str(model), dtype="float32", max_model_len=2048, kv_cache_memory_bytes=256 << 20, **extra)
+    stock: Engine | None = None
     try:
-        chosen = rows[:: max(1, len(rows) // REQUESTS)][:REQUESTS]
-        images = [Image.open(row.image_files[0]).convert("RGB") for row in chosen]
-        found: dict[int, list[float]] = {}
-        for repeat in range(REPEATS + 1):
-            for cost in costs if profile is not None else [0]:
-                # Other pixels each time, so that nothing is cached.
-                shifted = [stamped(image, repeat * 1000 + cost) for image in images]
-                prompts = [
-                    {"prompt": f"USER: <image>\n{row.prompt} ASSISTANT:", "multi_modal_data": {"image": image}}
-                    for row, image in zip(chosen, shifted, strict=True)
-                ]
-                budget = {REQUEST_FIELD: cost} if cost else None
-                params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args=budget)
-                start = time.monotonic()
-                llm.generate(prompts, params, use_tqdm=False)
-                if repeat:  # the first round warms up
-                    found.setdefault(cost, []).append(round(len(prompts) / (time.monotonic() - start), 3))
-        return found
+        for name, profile, costs in wanted:
+            stock = stock or Engine(model, rows)
+            ours = Engine(model, rows, profile, costs)
+            entry: dict[str, Any] = {"profile": name, "stock": [], "requests_per_second": {str(c): [] for c in costs}}
+            try:
+                for repeat in range(REPEATS + 1):
+                    for cost in costs:
+                        theirs, own = stock.requests_per_second(), ours.requests_per_second(cost)
+                        if repeat:  # the first round warms up
+                            entry["stock"].append(theirs)
+                            entry["requests_per_second"][str(cost)].append(own)
+            finally:
+                ours.close()
+            yield entry
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+        if stock is not None:
+            stock.close()
+
+
+def pairs(entry: Mapping[str, Any]) -> dict[int, tuple[list[float], list[float]]]:
+    """By cost: requests per second of each round, and stock's in the turn right in front of it.
+
+    For entries of before there were turns: the mean of all of stock's rounds.
+    """
+    ours = {int(cost): rounds for cost, rounds in entry["requests_per_second"].items()}
+    stock = entry["stock"]
+    if len(stock) != sum(map(len, ours.values())):
+        return {cost: (rounds, [statistics.fmean(stock)] * len(rounds)) for cost, rounds in ours.items()}
+    return {cost: (rounds, stock[place :: len(ours)]) for place, (cost, rounds) in enumerate(ours.items())}
+
+
+class Engine:
+    """vLLM with its own defaults and, where there is a profile, exact counts."""
+
+    def __init__(
+        self, model: Path, rows: Sequence[Row], profile: Profile | None = None, costs: Sequence[int] = ()
+    ) -> None:
+        """Starts it; ``rows`` are the questions, ``costs`` what it shall be asked at."""
+        from PIL import Image
+        from vllm import LLM
+
+        extra: dict[str, Any] = {}
+        if profile is not None:
+            eos = {"profile": profile.to_dict(), "retain": max(costs), "exact_counts": True}
+            extra["additional_config"] = {"eos": eos}
+        self.llm: Any = LLM(str(model), dtype="float32", max_model_len=2048, kv_cache_memory_bytes=256 << 20, **extra)
+        chosen = rows[:: max(1, len(rows) // REQUESTS)][:REQUESTS]
+        self.asked = [(row.prompt, Image.open(row.image_files[0]).convert("RGB")) for row in chosen]
+        self.turn = 0
+
+    def requests_per_second(self, cost: int | None = None) -> float:
+        """Of all questions at once, about images that it has not seen; ``cost`` goes with each."""
+        from vllm import SamplingParams
+
+        self.turn += 1
+        prompts = [
+            {
+                "prompt": f"USER: <image>\n{question} ASSISTANT:",
+                "multi_modal_data": {"image": stamped(image, self.turn)},
+            }
+            for question, image in self.asked
+        ]
+        budget = {REQUEST_FIELD: cost} if cost else None
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args=budget)
+        start = time.monotonic()
+        self.llm.generate(prompts, params, use_tqdm=False)
+        return round(len(prompts) / (time.monotonic() - start), 3)
+
+    def close(self) -> None:
+        """Ends it."""
+        self.llm.llm_engine.engine_core.shutdown()
 
 
 def stamped(image: Any, number: int) -> Any:

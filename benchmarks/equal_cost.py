@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.engine_speed import REPEATS, REQUESTS, speeds
+from benchmarks.engine_speed import REQUESTS, pairs, speeds
 from eos_search.accuracy import AVERAGE, Share, difference
 from eos_search.answerers import STOCK, Case, ReferenceAnswerer
 from eos_search.evaluation import evaluate
@@ -121,7 +121,7 @@ def table(result: dict[str, Any]) -> str:
     """Tables as Markdown: average accuracy and speed over stock's by cost, then accuracy by kind at each cost."""
     cases = {(c["profile"], c["budget"]): c for c in result["cases"]}
     names = list(dict.fromkeys(c["profile"] for c in result["cases"] if c["profile"] != STOCK))
-    speeds = {entry["profile"]: entry for entry in result["speed"]}
+    speeds = {entry["profile"]: pairs(entry) for entry in result["speed"]}
     stock = Share(**cases[STOCK, None]["accuracy"][AVERAGE])
     lines = [
         f"Unreduced: {stock} at 576.",
@@ -138,8 +138,8 @@ def table(result: dict[str, Any]) -> str:
                 continue
             cell = str(Share(**case["accuracy"][AVERAGE]))
             if name in speeds:
-                ours = statistics.mean(speeds[name]["requests_per_second"][str(cost)])
-                cell += f"; {ours / statistics.mean(speeds[name]['stock']):.2f}x"
+                ours, stock_beside = map(statistics.mean, speeds[name][cost])
+                cell += f"; {ours / stock_beside:.2f}x"
             cells.append(cell)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     kinds = [kind for kind in cases[STOCK, None]["accuracy"] if kind != AVERAGE]
@@ -159,8 +159,8 @@ The embedded model, {questions} questions about {images} images of ClutterVQA's 
 average: visual tokens that a decoder layer caches, on average over layers; it is also the share of stock's visual KV.
 Percent of right answers, the six kinds weighing alike, with 95 % intervals by bootstrap over images; behind the
 semicolon requests per second over stock's, of the same profile in vLLM with its own defaults (float32, {requests}
-single questions at once, {repeats} rounds between two engines of stock). Counts are exact (`--eos-exact-counts`). A
-dash: the profile's layers cannot meet that cost. Drawn by
+single questions at once, between two engines of stock or in turns with one). Counts are exact
+(`--eos-exact-counts`). A dash: the profile's layers cannot meet that cost. Drawn by
 
 ```
 python -m benchmarks.equal_cost --table {raw} --page {page}
@@ -185,7 +185,6 @@ def page(result: dict[str, Any], rows: list[Row], raw: Path, file: Path) -> str:
         questions=result["questions"],
         images=result["images"],
         requests=REQUESTS,
-        repeats=REPEATS,
         raw=raw,
         page=file,
         commit="; ".join(f"{what} {commit}" for what, commit in result["measured_at"].items()),
@@ -231,7 +230,7 @@ def main() -> int:
             rows = read_rows(export(Path(folder) / "rows", "test", result["images"]))
             args.page.write_text(page(result, rows, args.table, args.page))
         return 0
-    common.engines_in_process()
+    common.quiet_engines()
     result: dict[str, Any] = {"provenance": origin(seed=0), "images": args.images, "cases": [], "speed": []}
     if args.out.exists():
         result = common.read(args.out)

@@ -4,20 +4,19 @@
     python -m benchmarks.served_comparison --table results/comparison-served.json --figure docs/comparison-served.png
 
 Accuracy is that of ``eos-search compare`` (Hugging Face, the test split); speed is that of vLLM with the very profile,
-single questions at once, counts exact, each engine between two of stock with its own defaults. What was stopped goes on
-with the same command.
+single questions at once, counts exact, in turns with an engine of stock with its own defaults. What was stopped goes
+on with the same command.
 """
 
-import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks import common
-from benchmarks.engine_speed import REPEATS, REQUESTS, speeds
+from benchmarks.engine_speed import REPEATS, REQUESTS, pairs, speeds
 from eos_search.accuracy import AVERAGE, Share
 from eos_search.answerers import STOCK
 from eos_search.plots.canvas import MARKS, STYLE, panels, save
@@ -28,8 +27,6 @@ from eos_vllm.core.profile import parse_profile
 from eos_vllm.models import embedded
 from loadtests.origin import origin
 
-# The fastest round of stock's engines over the slowest one, at most.
-_STEADY = 1.5
 # Images that the questions of a round are about.
 _IMAGES = 60
 
@@ -82,35 +79,26 @@ def measure(result: dict[str, Any], model: Path, keep: Any) -> None:
         rows = read_rows(export(Path(folder) / "rows", "test", _IMAGES, version=result["version"]))
         for found in speeds(model, rows, wanted):
             print(f"{found['profile']}: stock {found['stock']}, ours {found['requests_per_second']}", flush=True)
-            if not is_steady(found["stock"]):
-                print(f"{found['profile']}: the machine was not: not kept, and measured again with the same command")
-                continue
             result["speed"].append(found)
             keep()
 
 
-def is_steady(stock: Sequence[float]) -> bool:
-    """Whether the machine was as fast before an engine as behind it: else its ratio to stock means nothing."""
-    return max(stock) <= _STEADY * min(stock)
-
-
-def points(result: Mapping[str, Any]) -> dict[str, list[tuple[int, float, Share]]]:
-    """By profile: cost, requests per second over stock's, and accuracy, of those that were served."""
-    speed = {entry["profile"]: entry for entry in result["speed"]}
-    found: dict[str, list[tuple[int, float, Share]]] = {}
-    for entry in result["profiles"]:
-        if (name := entry["profile"]) not in speed:
-            continue
-        stock, ours = statistics.fmean(speed[name]["stock"]), speed[name]["requests_per_second"]
-        found[name] = [
-            (int(cost), statistics.fmean(ours[cost]) / stock, Share(**share))
+def points(result: Mapping[str, Any]) -> dict[str, list[tuple[int, dict[str, float], Share]]]:
+    """By profile: cost, requests per second over stock's with an interval, and accuracy, of those that were served."""
+    speed = {entry["profile"]: pairs(entry) for entry in result["speed"]}
+    return {
+        entry["profile"]: [
+            (int(cost), common.ratio(*speed[entry["profile"]][int(cost)]), Share(**share))
             for cost, share in entry["accuracy"].items()
         ]
-    return found
+        for entry in result["profiles"]
+        if entry["profile"] in speed
+    }
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: a row for each profile; accuracy, and behind the semicolon requests per second over stock's."""
+    """Markdown: a row for each profile; accuracy, and behind the semicolon requests per second over stock's, both with
+    95 % intervals: over images, and over rounds."""
     every = points(result)
     costs = sorted({cost for each in every.values() for cost, _, _ in each}, reverse=True)
     lines = [
@@ -120,7 +108,10 @@ def table(result: Mapping[str, Any]) -> str:
         "| --- |" + " --- |" * len(costs),
     ]
     for name, each in every.items():
-        cells = {cost: f"{share}; {ratio:.2f}x" for cost, ratio, share in each}
+        cells = {
+            cost: f"{share}; {ratio['ratio']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            for cost, ratio, share in each
+        }
         lines.append(f"| {name} | " + " | ".join(cells.get(cost, "-") for cost in costs) + " |")
     return "\n".join(lines)
 
@@ -140,12 +131,14 @@ def figure(result: Mapping[str, Any]) -> tuple[Figure, dict[str, Any]]:
         number = methods.index(method_of[name])
         label = None if method_of[name] in named else method_of[name]
         named.add(method_of[name])
-        x, y = [ratio for _, ratio, _ in each], [100 * share.value for _, _, share in each]
+        x, y = [ratio["ratio"] for _, ratio, _ in each], [100 * share.value for _, _, share in each]
         axis.plot(x, y, marker=MARKS[number], markersize=4, linewidth=1, color=f"C{number}", label=label)
         data["profiles"][name] = [
             {
                 "cost": cost,
-                "over_stock": ratio,
+                "over_stock": ratio["ratio"],
+                "over_stock_low": ratio["low"],
+                "over_stock_high": ratio["high"],
                 "value": 100 * share.value,
                 "low": 100 * share.low,
                 "high": 100 * share.high,
@@ -170,7 +163,7 @@ def main() -> int:
     if args.table:
         result = common.read(args.table)
     else:
-        common.engines_in_process()
+        common.quiet_engines()
         result = begin(common.read(args.comparison))
         if args.out.exists():
             earlier = common.read(args.out)
