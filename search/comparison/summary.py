@@ -40,13 +40,21 @@ def _against_best(
         if not others or (GRADIENT, cost) not in every:
             continue
         best = max(others, key=lambda method: others[method])
-        (ours, ours_drawn), (theirs, theirs_drawn) = every[GRADIENT, cost], every[best, cost]
-        found[cost] = best, _shares(result, ours - theirs, ours_drawn - theirs_drawn)[kind]
+        found[cost] = best, _above(result, every, best, cost)[kind]
     return found
 
 
+def _above(
+    result: Mapping[str, Any], every: Mapping[tuple[str, int], _Drawn], opponent: str, cost: int
+) -> dict[str, Share]:
+    """What the gradient search has above one opponent at one cost."""
+    (ours, ours_drawn), (theirs, theirs_drawn) = every[GRADIENT, cost], every[opponent, cost]
+    return _shares(result, ours - theirs, ours_drawn - theirs_drawn)
+
+
 def tables(result: Mapping[str, Any]) -> str:
-    """Markdown: a table for each mean and kind, a row per method; and the gradient search against the best opponent."""
+    """Markdown: a table for each mean and kind, a row per method; and the gradient search against each opponent, and
+    against the best one at each cost."""
     every = _drawn(result)
     shares = {case: _shares(result, *drawn) for case, drawn in every.items()}
     costs = sorted({cost for _, cost in shares}, reverse=True)
@@ -58,6 +66,16 @@ def tables(result: Mapping[str, Any]) -> str:
         for method in methods:
             cells = [str(shares[method, cost][kind]) if (method, cost) in shares else "-" for cost in costs]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    if opponents := [method for method in methods if method != GRADIENT]:
+        lines = ["| average: gradient minus | " + " | ".join(map(str, costs)) + " |", "| --- |" + " --- |" * len(costs)]
+        for method in opponents:
+            both = [{(GRADIENT, cost), (method, cost)} <= set(every) for cost in costs]
+            above = [
+                str(_above(result, every, method, cost)[AVERAGE]) if there else "-"
+                for cost, there in zip(costs, both, strict=True)
+            ]
+            lines.append(f"| {method} | " + " | ".join(above) + " |")
         parts.append("\n".join(lines))
     lines = ["| gradient minus the best opponent | " + " | ".join(map(str, costs)) + " |"]
     lines.append("| --- |" + " --- |" * len(costs))

@@ -99,6 +99,7 @@ def test_the_tables_and_the_figure_say_the_same() -> None:
     result = made({"gradient-s0": [0.5, 1.0], "random-s0": [0.5, 0.5]})
     text = tables(result)
     assert "| gradient | 75.0 (" in text
+    assert "| average: gradient minus | 64 |\n| --- | --- |\n| random | 25.0 (" in text
     assert "25.0 (" in text.splitlines()[-1]
     assert text.splitlines()[-1].endswith(" random |")
     _, data = comparison_figure(result)
