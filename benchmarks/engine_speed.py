@@ -1,12 +1,14 @@
 """How many questions a second an engine answers under a profile at each cost, against stock in the same minute.
 
-Both engines are up all the time, each in a process of its own as under ``vllm serve``, and take turns of a second or
-two: a machine that is slow for a while is slow for both.
+Both engines are up all the time, each in processes of its own as under ``vllm serve``, and take turns of a second or
+two: a machine that is slow for a while is slow for both. Whose turn it is not stands still (SIGSTOP): vLLM's workers
+spin while they wait, on the very cores that the other one is bound to.
 """
 
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from eos_vllm.cluttervqa import Row
 from eos_vllm.core.budget import REQUEST_FIELD
 from eos_vllm.core.profile import Profile
 
-REQUESTS, REPEATS = 48, 5
+REQUESTS, REPEATS = 48, 4
 
 
 def speeds(
@@ -71,9 +73,11 @@ class Engine:
         self, model: Path, rows: Sequence[Row], profile: Profile | None = None, costs: Sequence[int] = ()
     ) -> None:
         """Starts it; ``rows`` are the questions, ``costs`` what it shall be asked at."""
+        import psutil
         from PIL import Image
         from vllm import LLM
 
+        earlier = set(psutil.Process().children(recursive=True))
         extra: dict[str, Any] = {}
         if profile is not None:
             eos = {"profile": profile.to_dict(), "retain": max(costs), "exact_counts": True}
@@ -82,6 +86,17 @@ class Engine:
         chosen = rows[:: max(1, len(rows) // REQUESTS)][:REQUESTS]
         self.asked = [(row.prompt, Image.open(row.image_files[0]).convert("RGB")) for row in chosen]
         self.turn = 0
+        self.processes = set(psutil.Process().children(recursive=True)) - earlier
+        for process in self.processes:
+            process.suspend()
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        for process in self.processes:
+            process.resume()
+        yield
+        for process in self.processes:
+            process.suspend()
 
     def requests_per_second(self, cost: int | None = None) -> float:
         """Of all questions at once, about images that it has not seen; ``cost`` goes with each."""
@@ -97,12 +112,15 @@ class Engine:
         ]
         budget = {REQUEST_FIELD: cost} if cost else None
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args=budget)
-        start = time.monotonic()
-        self.llm.generate(prompts, params, use_tqdm=False)
-        return round(len(prompts) / (time.monotonic() - start), 3)
+        with self._awake():
+            start = time.monotonic()
+            self.llm.generate(prompts, params, use_tqdm=False)
+            return round(len(prompts) / (time.monotonic() - start), 3)
 
     def close(self) -> None:
         """Ends it."""
+        for process in self.processes:
+            process.resume()
         self.llm.llm_engine.engine_core.shutdown()
 
 
