@@ -94,9 +94,11 @@ class Engine:
     def _awake(self) -> Iterator[None]:
         for process in self.processes:
             process.resume()
-        yield
-        for process in self.processes:
-            process.suspend()
+        try:
+            yield
+        finally:
+            for process in self.processes:
+                process.suspend()
 
     def requests_per_second(self, cost: int | None = None) -> float:
         """Of all questions at once, about images that it has not seen; ``cost`` goes with each."""

@@ -8,8 +8,9 @@ single questions at once, counts exact, in turns with an engine of stock with it
 on with the same command.
 """
 
+import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,12 @@ def measure(result: dict[str, Any], model: Path, keep: Any) -> None:
 
 
 def points(result: Mapping[str, Any]) -> dict[str, list[tuple[int, dict[str, float], Share]]]:
-    """By profile: cost, requests per second over stock's with an interval, and accuracy, of those that were served."""
+    """By profile: cost, requests per second over stock's with the range of its rounds, which are too few for an
+    interval, and accuracy, of those that were served."""
     speed = {entry["profile"]: pairs(entry) for entry in result["speed"]}
     return {
         entry["profile"]: [
-            (int(cost), common.ratio(*speed[entry["profile"]][int(cost)]), Share(**share))
+            (int(cost), _ratio(*speed[entry["profile"]][int(cost)]), Share(**share))
             for cost, share in entry["accuracy"].items()
         ]
         for entry in result["profiles"]
@@ -96,9 +98,14 @@ def points(result: Mapping[str, Any]) -> dict[str, list[tuple[int, dict[str, flo
     }
 
 
+def _ratio(ours: Sequence[float], stock: Sequence[float]) -> dict[str, float]:
+    rounds = [own / theirs for own, theirs in zip(ours, stock, strict=True)]
+    return {"ratio": statistics.geometric_mean(rounds), "low": min(rounds), "high": max(rounds)}
+
+
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: a row for each profile; accuracy, and behind the semicolon requests per second over stock's, both with
-    95 % intervals: over images, and over rounds."""
+    """Markdown: a row for each profile; accuracy with its 95 % interval, and behind the semicolon requests per second
+    over stock's with the range of the rounds."""
     every = points(result)
     costs = sorted({cost for each in every.values() for cost, _, _ in each}, reverse=True)
     lines = [
