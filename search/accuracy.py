@@ -40,6 +40,13 @@ def accuracy(rows: Sequence[Row], replies: Sequence[str], seed: int = 0, scorer:
     return _shares(rows, _marks(rows, replies, scorer), seed)
 
 
+def mean_accuracy(rows: Sequence[Row], replies: Sequence[str], scorer: Scorer = EXACT) -> float:
+    """The ``average`` of :func:`accuracy` without its interval, which takes longer than the mean."""
+    marks = _marks(rows, replies, scorer)
+    kinds = np.array([row.kind for row in rows])
+    return float(np.mean([marks[kinds == kind].mean() for kind in sorted(set(kinds))]))
+
+
 def loyalty(rows: Sequence[Row], replies: Sequence[str], stock: Sequence[str], seed: int = 0) -> dict[str, Share]:
     """Share of replies that are the unreduced model's, right or wrong; as :func:`accuracy`."""
     same = np.array([is_right(a, b.strip().rstrip(".")) for a, b in zip(replies, stock, strict=True)], float)

@@ -1,11 +1,11 @@
-"""Who answers in an evaluation: the Hugging Face reference on this machine's cores, or a running server."""
+"""Who answers in an evaluation, and what is asked; here the Hugging Face reference on this machine's cores."""
 
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from eos_search.chats import chat_prompt, marker_of, messages, turns_of
+from eos_search.chats import chat_prompt, marker_of
 from eos_search.selection import EARLIER, SELECTIONS, rows_before, selection_scores
 from eos_vllm.cluttervqa import Row
-from eos_vllm.core.budget import REQUEST_FIELD, RetainBudget, Share, plain
+from eos_vllm.core.budget import RetainBudget
 from eos_vllm.core.errors import EosError
 from eos_vllm.core.profile import Profile
 
@@ -68,23 +68,31 @@ class ReferenceAnswerer:
             initializer=_load,
             initargs=(str(model), max_tokens),
         )
-        self.cpu_seconds = 0.0
+        self.model, self.cpu_seconds = str(model), 0.0
 
     def answer(self, rows: Sequence[Row], cases: Sequence[Case], progress: Callable[[int], Any]) -> list[list[str]]:
-        """As :class:`Answerer`; questions about one image are answered together, which shares most of the work."""
+        """As :class:`Answerer`; questions about one image are answered together, which shares most of the work.
+
+        Raises:
+            EosError: an image that cannot be read, or a process that ended.
+        """
         shown = blind_images(rows) if any(case.blind for case in cases) else [row.image_files for row in rows]
         places: dict[tuple[Path, ...], list[int]] = {}
         for i, images in enumerate(shown):
             places.setdefault(images, []).append(i)
         jobs = [(images, [rows[i] for i in wanted]) for images, wanted in places.items()]
         replies = [[""] * len(rows) for _ in cases]
-        timed = self.pool.map(partial(_timed_replies, cases), jobs)
-        for wanted, (answers, seconds) in zip(places.values(), timed, strict=True):
-            self.cpu_seconds += seconds
-            for found, per_case in zip(answers, replies, strict=True):
-                for i, reply in zip(wanted, found, strict=True):
-                    per_case[i] = reply
-            progress(len(wanted) * len(cases))
+        try:
+            timed = self.pool.map(partial(_timed_replies, cases), jobs)
+            for wanted, (answers, seconds) in zip(places.values(), timed, strict=True):
+                self.cpu_seconds += seconds
+                for found, per_case in zip(answers, replies, strict=True):
+                    for i, reply in zip(wanted, found, strict=True):
+                        per_case[i] = reply
+                progress(len(wanted) * len(cases))
+        except BrokenProcessPool:
+            problem, remedy = "a process that answers has ended", "see its output above: no whole model, or no memory"
+            raise EosError("model", Path(self.model).name, problem, remedy) from None
         return replies
 
     def close(self) -> None:
@@ -119,7 +127,7 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
     from eos_search.reference import ReferenceModel
 
     images, rows = job
-    pictures = [Image.open(file).convert("RGB") for file in images]
+    pictures = [picture(file) for file in images]
     processor, max_tokens = _WORKER["processor"], _WORKER["max_tokens"]
     tokenizer, eos = processor.tokenizer, processor.tokenizer.eos_token_id
     profile = cases[0].profile
@@ -163,6 +171,20 @@ def _replies(cases: Sequence[Case], job: tuple[Sequence[Path], Sequence[Row]]) -
     return replies
 
 
+def picture(file: Path) -> Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        EosError: it cannot be read.
+    """
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise EosError(
+            "image_files", file.name, f"it cannot be read ({error})", "mend it, or leave out its rows"
+        ) from None
+
+
 def _entering(
     reference: Any, rows: Sequence[Row], pictures: Sequence[Any], budget: RetainBudget | None, towers: dict[int, Any]
 ) -> tuple[Any, Any, Any]:
@@ -193,85 +215,3 @@ def blind_images(rows: Sequence[Row]) -> list[tuple[Path, ...]]:
     if step >= len(shown):
         raise EosError("rows", len(rows), "hold fewer than two images", "evaluate blind on more of them")
     return shown[step:] + shown[:step]
-
-
-class ServerAnswerer:
-    """A running server with an OpenAI-compatible API; budgets go with each request.
-
-    A server doesn't tell which profile it has: that is as the caller states.
-    """
-
-    def __init__(
-        self, base_url: str, model: str, max_tokens: int = 8, unreduced: int | str | None = None, at_once: int = 16
-    ) -> None:
-        """Connects.
-
-        Args:
-            base_url: address, ``/v1`` included.
-            model: name under which the model is served.
-            max_tokens: longest answer.
-            unreduced: budget with which a server with a profile answers unreduced; None: it has no profile.
-            at_once: requests under way at a time.
-
-        Raises:
-            EosError: the server cannot be reached, or doesn't serve that model.
-        """
-        from openai import OpenAI
-
-        self.client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=2)
-        self.base_url, self.model, self.max_tokens, self.at_once = base_url, model, max_tokens, at_once
-        self.unreduced = unreduced
-        with self._told():
-            served = [entry.id for entry in self.client.models.list()]
-        if model not in served:
-            raise EosError("--served-model", model, "is not served there", f"name one of {', '.join(served)}")
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turns an error of the client into one line."""
-        from openai import OpenAIError
-
-        try:
-            yield
-        except OpenAIError as error:
-            raise EosError("--base-url", self.base_url, f"gave no answer ({error})", "look into its log") from error
-
-    def answer(self, rows: Sequence[Row], cases: Sequence[Case], progress: Callable[[int], Any]) -> list[list[str]]:
-        """As :class:`Answerer`.
-
-        Raises:
-            EosError: a selection or change that a server doesn't have, or a request that failed.
-        """
-        for case in cases:
-            if case.selection or case.changed or case.blind:
-                raise EosError("profile", case.name, "is not served", "leave --base-url out to use the reference")
-
-        def ask(case: Case, row: Row) -> str:
-            reply = self._ask(row, self.unreduced if case.profile is None else case.budget)
-            progress(1)
-            return reply
-
-        with self._told(), ThreadPoolExecutor(self.at_once) as pool:
-            return [list(pool.map(partial(ask, case), rows)) for case in cases]
-
-    def _ask(self, row: Row, budget: RetainBudget | str | None) -> str:
-        from eos_vllm.models.images import to_data_url
-
-        images = [
-            {"type": "image_url", "image_url": {"url": to_data_url(Image.open(file).convert("RGB"))}}
-            for file in row.image_files
-        ]
-        chat: list[Any] = messages(turns_of(row.prompt, row.history), images)
-        asked = plain(budget) if isinstance(budget, int | Share) else budget
-        reply = self.client.chat.completions.create(
-            model=self.model,
-            messages=chat,
-            max_tokens=self.max_tokens,
-            temperature=0,
-            extra_body={} if asked is None else {"vllm_xargs": {REQUEST_FIELD: asked}},
-        )
-        return reply.choices[0].message.content or ""
-
-    def close(self) -> None:
-        """Closes connections."""
-        self.client.close()

@@ -10,14 +10,15 @@ from tqdm import tqdm
 
 from eos_search.accuracy import chance
 from eos_search.accuracy_page import accuracy_page, margins_table
-from eos_search.answerers import Case, ReferenceAnswerer, ServerAnswerer
+from eos_search.answerers import STOCK, Case, ReferenceAnswerer
 from eos_search.discrimination import with_both_means
 from eos_search.evaluation import cases, evaluate, key, table
 from eos_search.raw import fingerprint, plain, read_earlier, read_result, weights_digest, write_raw
 from eos_search.scorers import EXACT, SCORERS, check_fields, scorer_of
 from eos_search.selection import EARLIER, WINDOWS, rows_before
+from eos_search.server_answerer import ServerAnswerer
 from eos_vllm.cluttervqa import SPLITS, VERSIONS, Row, export, read_rows, version_of
-from eos_vllm.core.budget import parse_budget
+from eos_vllm.core.budget import Share, parse_budget
 from eos_vllm.core.errors import EosError
 
 BUDGETS = "192,128,96,64,32,16"
@@ -111,8 +112,14 @@ def check(args: argparse.Namespace) -> None:
 
 
 def named_cases(args: argparse.Namespace) -> list[Case]:
-    """Every profile at every budget that the arguments name."""
+    """Every profile at every budget that the arguments name.
+
+    Raises:
+        EosError: as :func:`eos_search.evaluation.cases`, or a budget of all tokens.
+    """
     budgets = [None] if args.budgets == "own" else [parse_budget(b, "--budgets") for b in args.budgets.split(",")]
+    if Share(1.0) in budgets:
+        raise EosError("--budgets", args.budgets, "100% reduces nothing", f"leave it out: profile {STOCK} answers that")
     return cases([name.strip() for name in args.profiles.split(",")], budgets)
 
 

@@ -99,7 +99,7 @@ def portable(settings: SearchSettings) -> dict[str, Any]:
 def command_line(settings: SearchSettings) -> str:
     """The command that does the same search: all settings that are not at their defaults."""
     fields = type(settings).model_fields
-    words = ["eos-search", "run"]
+    words = ["eos-search", "run", "--output", f"runs/{settings.name}"]
     for name, value in portable(settings).items():
         default = None if fields[name].is_required() else fields[name].default
         if value not in (default, list(default) if isinstance(default, tuple) else default):

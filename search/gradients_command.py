@@ -54,6 +54,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from eos_search.ablations.gradients import Bench, Question, run_gradients
     from eos_search.data import load_data
     from eos_search.examples import Broken, Encoder, prepare
+    from eos_search.export import portable
     from eos_search.frozen import load_frozen, model_path
     from eos_search.process import deterministic
     from eos_search.raw import weights_digest
@@ -93,6 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "model": Path(settings.model).name,
             "weights": weights_digest(model_path(settings.model)),
             "data": {"split": settings.split, **data.to_dict()},
+            "settings": portable(settings),
         }
         makers = [maker(index) for index in range(min(args.questions, len(data.rows)))]
         with tqdm(total=len(makers), unit="question") as bar:

@@ -132,11 +132,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     wanted = targets(args)
     require_lmms(args.python, args.harness)
     tasks = args.tasks.split(",")
-    result: dict[str, Any] = {"provenance": provenance(), "tasks": tasks, "limit": args.limit, "cases": []}
+    result: dict[str, Any] = {
+        "provenance": provenance(),
+        "tasks": tasks,
+        "limit": args.limit,
+        # Answers depend on these as well; servers that run already are as the caller says.
+        "model": Path(args.serve).name if args.serve else args.served_model,
+        "serve_args": args.serve_args,
+        "harness": args.harness,
+        "cases": [],
+    }
     if args.out and args.out.exists():
         before = read_raw(args.out)
-        for field in ("tasks", "limit"):
-            if before.get(field) != result[field]:
+        for field in ("tasks", "limit", "model", "serve_args", "harness"):
+            if before.get(field, result[field]) != result[field]:
                 raise EosError("--out", str(args.out), f"holds results of another {field}", "name another file")
         result["cases"] = before["cases"]
     for target in wanted:

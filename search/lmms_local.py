@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eos_search.answerers import STOCK, Case, ServerAnswerer
+from eos_search.answerers import STOCK, Case
 from eos_search.lmms import LOCAL
+from eos_search.server_answerer import ServerAnswerer
 from eos_vllm.cluttervqa import Row, export, is_right, read_rows
 from eos_vllm.core.errors import EosError
 

@@ -16,9 +16,8 @@ from eos_search.lagrangian import BudgetMultiplier, band, project
 from eos_search.moves import Move, best_gain, carry_out, moved, moves_of
 from eos_search.objective import Objective, Penalties, TaskTerms, penalties
 from eos_search.settings import SearchSettings
-from eos_search.structure import Rules, Structure, acting_of, places, read_structure
+from eos_search.structure import Rules, Structure, acting_of, places, read_structure, unmet_budget
 from eos_search.theta import KINDS, Theta, ThetaValues
-from eos_vllm.core.budget import cost, kept_counts
 from eos_vllm.core.errors import EosError, SettingError
 
 Example = TypeVar("Example")
@@ -169,7 +168,7 @@ class Trainer:
         losses, pulls = [self._hard(here, batch, task)], [self._pull(here)]
         for move in moves_of(acting_of(here, self.rules), places(here.depth, self.rules)):
             there = replace(here, table=moved(here.table, move))
-            if self._meets_budgets(there):
+            if unmet_budget(there, self.rules, self.settings.serve_budgets) is None:
                 allowed.append(move)
                 losses.append(self._hard(there, batch, task))
                 pulls.append(self._pull(there))
@@ -185,12 +184,6 @@ class Trainer:
     def _pull(self, values: ThetaValues) -> float:
         constraint = self._constraint(values, read_structure(values, self.rules))
         return (constraint.budget + constraint.cost).item()
-
-    def _meets_budgets(self, values: ThetaValues) -> bool:
-        """Whether the layers that act can have every served budget: else they would be judged at a higher cost."""
-        served = [read_structure(values, self.rules, budget) for budget in self.settings.serve_budgets]
-        profiles = [(hard.budget, hard.profile) for hard in served if hard.profile is not None]
-        return all(cost(p, kept_counts(p), self.rules.measure) <= budget + 1 for budget, p in profiles if budget)
 
     def _backward(
         self, task: Task, example: Any, values: ThetaValues, structure: Structure

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         result = run_opponent(settings, args.out, args.resume, args.processes, told)
     for line in reducer_lines(result.profile):
         print(line)
-    shares = ", ".join(f"{share} at {cost}" for cost, share in result.best.accuracy.items())
+    shares = ", ".join(f"{share} at {cost}" for cost, share in result.accuracy.items())
     ended = "budget spent" if result.spent else "nothing left to try"
     print(f"{result.trials} trials, {ended}; trial {result.best.trial} is best: {shares}")
     print(f"wrote {result.path}")

@@ -118,7 +118,7 @@ def _of_profile(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils.logging import disable_progress_bar
 
-    from eos_search.answerers import chat_prompt
+    from eos_search.chats import chat_prompt
     from eos_search.frozen import model_path
     from eos_search.plots.patches import kept_patches, patches_figure
 

@@ -36,13 +36,16 @@ def deterministic() -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM comes; a second one acts at once. Signals need the main thread."""
+    """A list that fills when Ctrl-C or SIGTERM comes; a second one of the same kind acts at once.
+
+    A terminal's Ctrl-C reaches all processes, and whoever started this one then passes his stop on as a SIGTERM: these
+    two are one. Signals need the main thread.
+    """
     asked: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
         asked.append(number)
-        for each in before:
-            signal.signal(each, signal.default_int_handler)
+        signal.signal(number, signal.default_int_handler)
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

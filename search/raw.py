@@ -1,5 +1,6 @@
 """Raw results: what was asked of what, so that replies are never taken for those of another model or profile."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -31,8 +32,14 @@ def weights_digest(model: str | Path) -> str | None:
     files = sorted(Path(model).glob("*.safetensors"))
     if not files:
         return None
+    return _digest_of(tuple((file, (about := file.stat()).st_mtime_ns, about.st_size) for file in files))
+
+
+@functools.lru_cache(maxsize=8)
+def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Reads files once; they are known by time of change and size, for those of a large model take a minute."""
     found = hashlib.sha256()
-    for file in files:
+    for file, _, _ in files:
         with file.open("rb") as content:
             found.update(hashlib.file_digest(content, "sha256").digest())
     return found.hexdigest()[:16]

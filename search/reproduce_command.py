@@ -127,16 +127,25 @@ def run(args: argparse.Namespace) -> int:
 
 def run_step(words: Sequence[str]) -> int:
     """Exit code of a step. Ctrl-C and SIGTERM end the step first: it ends its servers, or writes its checkpoint."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, _terminate)
     process = subprocess.Popen([sys.executable, "-m", "eos_search.main", *words])
     try:
         return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)  # a terminal's Ctrl-C has reached it already, a SIGTERM has not
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, _TerminatedError):
+            process.send_signal(signal.SIGINT)  # a terminal's Ctrl-C has reached it already, and a second acts at once
         process.wait()
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM came, to this process alone."""
+
+
+def _terminate(_number: int, _frame: Any) -> None:
+    raise _TerminatedError
 
 
 def recipe_of(model: str) -> Recipe:

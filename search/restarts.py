@@ -16,14 +16,13 @@ from accelerate import PartialState
 from eos_search.export import FINAL_STEPS, final_terms, write_json
 from eos_search.frozen import model_spec
 from eos_search.run import Paused, SearchResult, run_search
-from eos_search.run_folder import SETTINGS, THETA, RunFolder, read_records
+from eos_search.run_folder import RESTARTS, SETTINGS, THETA, RunFolder, read_records
 from eos_search.settings import SearchSettings, read_settings
 from eos_search.space import search_space
 from eos_search.starts import Start, folder_of
 from eos_vllm.core.errors import EosError, SettingError
 from eos_vllm.core.profile import read_profile
 
-RESTARTS = "restarts.json"
 _NO_REDUCER = "gate_threshold"
 _ONE_OF = 3
 
@@ -54,7 +53,11 @@ def run_restarts(
         SettingError: as :func:`eos_search.run.run_search`; a race as long as the search; or no search ended with a
             layer that reduces.
     """
-    RunFolder(settings.output, is_main=True).check_new()
+    folder = RunFolder(settings.output, is_main=True)
+    if resume:
+        folder.check_new((SETTINGS,))  # a search from a single start
+    else:
+        folder.check_new()
     if race is not None and not 0 < race < settings.steps:
         remedy = f"give 1 to {settings.steps - 1}, or leave it out"
         raise SettingError("race", race, f"a search has {settings.steps} steps", remedy)
@@ -103,7 +106,7 @@ def _ended(
 ) -> SearchResult | None:
     """A search that has ended, its layers noted in ``end``; None where none reduces, which is noted as well."""
     try:
-        result = _search(settings, resume, quiet, search)
+        result = read_or_search(settings, resume, quiet, search)
     except EosError as error:
         if error.field != _NO_REDUCER:
             raise
@@ -139,7 +142,14 @@ def _raced(
     return final_terms(read_records(settings.output)[:race])
 
 
-def _search(settings: SearchSettings, resume: bool, quiet: bool, search: Callable[..., SearchResult]) -> SearchResult:
+def read_or_search(
+    settings: SearchSettings, resume: bool, quiet: bool, search: Callable[..., SearchResult] = run_search
+) -> SearchResult:
+    """What a search found: read where it has ended, gone on with where it was stopped.
+
+    Raises:
+        EosError: as :func:`eos_search.run.run_search`; the folder holds a search of other settings.
+    """
     output: Path = settings.output
     begun = resume and (output / SETTINGS).exists()
     if begun and (output / THETA).exists():

@@ -1,7 +1,6 @@
 """A whole search: from settings to the searched profile."""
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +18,10 @@ from eos_search.estimators.differences import Differences
 from eos_search.examples import Encoder
 from eos_search.export import search_provenance, searched_profile, write_json
 from eos_search.frozen import Frozen, load_frozen
-from eos_search.loop import StepResult, StepSampler, Trainer
+from eos_search.loop import StepSampler, Trainer
 from eos_search.objective import Objective
 from eos_search.process import deterministic, leave_signals_to_the_main_process, stop_signals
+from eos_search.progress import Say, needs_no_bar, record_of, say_aloud, say_nothing, show
 from eos_search.relaxed import Relaxation, RelaxedModel
 from eos_search.run_folder import RUN, RunFolder, read_records
 from eos_search.schedules import Counts, fit_schedules
@@ -30,12 +30,10 @@ from eos_search.space import search_space
 from eos_search.spent import SpentTime, earlier_seconds
 from eos_search.structure import Rules, Structure
 from eos_search.task import EncodedRows, ModelTask
-from eos_search.theta import KINDS, Theta, ThetaValues
+from eos_search.theta import Theta, ThetaValues
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import Profile
 from eos_vllm.provenance import provenance
-
-_LINES = 20
 
 
 class Interrupted(KeyboardInterrupt):
@@ -78,10 +76,11 @@ def run_search(
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint is written.
     """
     accelerator = Accelerator(cpu=settings.device == "cpu")
-    say = _say if accelerator.is_main_process and not quiet else _say_nothing
+    say = say_aloud if accelerator.is_main_process and not quiet else say_nothing
     folder = RunFolder(settings.output, accelerator.is_main_process)
     if resume:
         folder.check_resumes(settings)
+        folder.check_device(str(accelerator.device))
     else:
         folder.check_new()
     if settings.batch_size % accelerator.num_processes:
@@ -97,6 +96,7 @@ def run_search(
         data = load_data(settings, encoder)
         for line in data.summary():
             say(line)
+        _check_unseen(settings, data)
         if resume:
             folder.check_data(data)
         elif accelerator.is_main_process:
@@ -105,6 +105,18 @@ def run_search(
         return _search(
             _Ready(settings, accelerator, folder, frozen, objective, rules, theta, data, encoder), say, pause
         )
+
+
+def _check_unseen(settings: SearchSettings, data: Data) -> None:
+    """Whether rows are left to choose counts by that no step has seen.
+
+    Raises:
+        SettingError: the steps take too many.
+    """
+    seen = settings.steps * settings.batch_size
+    if settings.fit_rows and seen + settings.fit_rows > len(data.rows):
+        problem = f"the steps see {seen} of {len(data.rows)} rows, and counts are chosen by others"
+        raise SettingError("fit_rows", settings.fit_rows, problem, "give fewer steps, or more samples")
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ class _Ready:
     encoder: Encoder
 
 
-def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> SearchResult:
+def _search(ready: _Ready, say: Say, pause: int | None) -> SearchResult:
     settings, accelerator, folder = ready.settings, ready.accelerator, ready.folder
     theta = ready.theta
     trainer = Trainer(theta, ready.rules, ready.objective, settings, accelerator)
@@ -140,7 +152,7 @@ def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> Sea
     skipped, paused = 0, False
     loader = _loader(ready, first, settings.steps)
     try:
-        with stop_signals() as asked, tqdm(total=settings.steps, initial=first, disable=_no_bar(say)) as bar:
+        with stop_signals() as asked, tqdm(total=settings.steps, initial=first, disable=needs_no_bar(say)) as bar:
             for step, batch in enumerate(loader, start=first):
                 trainer.temper()
                 values = theta().table.detach().T.tolist() if step % settings.log_every == 0 else None
@@ -148,8 +160,8 @@ def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> Sea
                 skipped += len(result.skipped)
                 for row, problem in result.skipped:
                     say(f"step {step}: row {row} skipped: {problem}")
-                folder.record(_record(step, result, values))
-                _show(bar, step, settings.steps, result, say)
+                folder.record(record_of(step, result, values))
+                show(bar, step, settings.steps, result, say)
                 done = step + 1
                 ended = done == settings.steps
                 paused = done == pause
@@ -171,7 +183,7 @@ def _search(ready: _Ready, say: Callable[[str], None], pause: int | None) -> Sea
     return _export(ready, task, note_spent, say)
 
 
-def _export(ready: _Ready, task: ModelTask, note_spent: Callable[[], None], say: Callable[[str], None]) -> SearchResult:
+def _export(ready: _Ready, task: ModelTask, note_spent: Callable[[], None], say: Say) -> SearchResult:
     folder, theta, settings = ready.folder, ready.theta, ready.settings
     records = read_records(folder.path)
     theta.gate_scale = theta.ranges.gate_scale
@@ -198,7 +210,7 @@ def _loader(ready: _Ready, first: int, stop: int) -> DataLoader[Any]:
     )
 
 
-def _fitted(ready: _Ready, task: ModelTask, say: Callable[[str], None]) -> dict[str, Counts]:
+def _fitted(ready: _Ready, task: ModelTask, say: Say) -> dict[str, Counts]:
     """Counts for each served budget, by the rows behind those of the last step."""
     settings, accelerator = ready.settings, ready.accelerator
     if not settings.fit_rows:
@@ -236,40 +248,5 @@ def _task(ready: _Ready) -> ModelTask:
     return ModelTask(model, ready.objective, ready.objective.visual_tokens, settings.cache_mib << 20)
 
 
-def _record(step: int, result: StepResult, values: list[list[float]] | None) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "step": step,
-        "terms": result.terms,
-        "acting": list(result.structure.acting),
-        "counts": list(result.structure.counts),
-    }
-    return record if values is None else record | {"values": dict(zip(KINDS, values, strict=True))}
-
-
-def _show(bar: Any, step: int, steps: int, result: StepResult, say: Callable[[str], None]) -> None:
-    shown = {name: f"{result.terms[name]:.3g}" for name in ("loss", "cross_entropy", "alignment", "budget", "cost")}
-    reducers = zip(result.structure.acting, result.structure.counts, strict=True)
-    shown |= {
-        "n_final": f"{result.terms['n_final']:.1f}",
-        "kept": " ".join(f"{layer}:{count}" for layer, count in reducers) or "all",
-    }
-    bar.set_postfix(shown, refresh=False)
-    bar.update()
-    if bar.disable and (step % max(1, steps // _LINES) == 0 or step + 1 == steps):
-        say(f"step {step + 1}/{steps}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
-
-
 def _as_it_is(batch: list[Any]) -> list[Any]:
     return batch
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-
-
-def _say_nothing(line: str) -> None:
-    pass
-
-
-def _no_bar(say: Callable[[str], None]) -> bool:
-    return say is _say_nothing or not sys.stderr.isatty()

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from eos_search.data import Data
 from eos_search.export import write_json
+from eos_search.frozen import model_path
+from eos_search.raw import weights_digest
 from eos_search.settings import SearchSettings, read_settings
 from eos_search.theta import layers_of
 from eos_vllm.core.errors import SettingError
@@ -21,7 +24,9 @@ SETTINGS = "settings.json"
 DATA = "data.json"
 THETA = "theta.json"
 RUN = "run.json"
+RESTARTS = "restarts.json"
 _CHECKPOINTS = "checkpoints"
+_WEIGHTS = "weights"
 _KEPT = 2
 
 
@@ -38,13 +43,16 @@ class RunFolder:
         """Where the profile goes."""
         return self.path / THETA
 
-    def check_new(self) -> None:
+    def check_new(self, results: Sequence[str] = (SETTINGS, THETA, RESTARTS)) -> None:
         """Whether a new run can have the folder, as far as that shows without making it.
+
+        Args:
+            results: files that only a run leaves behind.
 
         Raises:
             SettingError: it holds a run already, or lies where nothing can be written.
         """
-        if (self.path / SETTINGS).exists():
+        if any((self.path / name).exists() for name in results):
             remedy = "go on with it by --resume, or name another folder"
             raise SettingError("output", str(self.path), "it holds a search already", remedy)
         there = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
@@ -59,7 +67,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / DATA, data.to_dict())
+            write_json(self.path / DATA, data.to_dict() | {_WEIGHTS: weights_digest(model_path(settings.model))})
             write_json(self.path / SETTINGS, settings.to_dict())
         except OSError as error:
             problem = f"it cannot be written to ({error.strerror})"
@@ -83,6 +91,22 @@ class RunFolder:
             more = f" (and {len(different) - 1} more differ)" if len(different) > 1 else ""
             remedy = "give the same settings, or another output folder"
             raise SettingError(name, getattr(settings, name), problem + more, remedy)
+        weights = weights_digest(model_path(settings.model))
+        if self._data().get(_WEIGHTS, weights) != weights:
+            problem = "its weights are not those that the search began with"
+            raise SettingError("model", settings.model, problem, "bring them back, or name another output folder")
+
+    def check_device(self, device: str) -> None:
+        """Whether a run in the folder ran on the same kind of device; ``dtype`` auto and the last bits depend on it.
+
+        Raises:
+            SettingError: it ran on another.
+        """
+        file = self.path / RUN
+        before = json.loads(file.read_text(encoding="utf-8")).get("device", device) if file.exists() else device
+        if before.partition(":")[0] != device.partition(":")[0]:
+            problem = f"the search in {self.path} ran on {before}"
+            raise SettingError("device", device, problem, "go on there, or name another output folder")
 
     def check_data(self, data: Data) -> None:
         """Whether the data are those that the run in the folder began with.
@@ -90,10 +114,15 @@ class RunFolder:
         Raises:
             SettingError: they have changed.
         """
-        file = self.path / DATA
-        if json.loads(file.read_text(encoding="utf-8")) != data.to_dict():
+        before = {name: value for name, value in self._data().items() if name != _WEIGHTS}
+        if before != data.to_dict():
             problem = "its rows are not those that the search began with"
             raise SettingError("data", data.summary()[0], problem, "bring them back, or name another output folder")
+
+    def _data(self) -> dict[str, Any]:
+        """Data and weights that the run began with; searches of before weights were kept have none of these."""
+        file = self.path / DATA
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def open(self, first_step: int) -> None:
         """Begins to record, from ``first_step``; records of later steps, which are done again, go."""

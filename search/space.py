@@ -3,7 +3,7 @@
 from eos_search.objective import Objective
 from eos_search.selectors import named_selector
 from eos_search.settings import SearchSettings
-from eos_search.structure import Rules
+from eos_search.structure import Rules, acting_of, unmet_budget
 from eos_search.theta import GATE_OFF, GATE_ON, Ranges, Theta, default_placement, start_values
 from eos_vllm.core.errors import SettingError
 from eos_vllm.core.profile import ImportanceSpec, ModelSpec, OperatorSpec
@@ -69,7 +69,16 @@ def search_space(settings: SearchSettings, spec: ModelSpec) -> tuple[Objective, 
         withdraw=settings.withdraw,
         measure=settings.budget_measure,
     )
+    _check_served(settings, theta, rules)
     return objective, rules, theta
+
+
+def _check_served(settings: SearchSettings, theta: Theta, rules: Rules) -> None:
+    start = theta()
+    if (budget := unmet_budget(start, rules, settings.serve_budgets)) is not None:
+        at = ", ".join(map(str, acting_of(start, rules)))
+        problem = f"reducers at layers {at} that leave {rules.minimum} at least cannot have it"
+        raise SettingError("serve_budgets", budget, problem, "leave it out, or place reducers earlier")
 
 
 def _check_budgets(settings: SearchSettings, depth: int, visual: int) -> None:
@@ -112,6 +121,11 @@ def _check_layers(settings: SearchSettings, depth: int, places: int, align: tupl
 
 def _check_together(settings: SearchSettings) -> None:
     """What goes together, whatever the model."""
+    if settings.queries == "image":
+        raise SettingError("queries", settings.queries, "the search needs text that asks", "choose a rule of text")
+    if settings.fit_rows and not settings.serve_budgets:
+        problem = "there is no served budget to choose counts at"
+        raise SettingError("fit_rows", settings.fit_rows, problem, "give serve_budgets, or leave it out")
     if not settings.cross_entropy and settings.lambda_align == 0 and settings.lambda_kl == 0:
         remedy = "give lambda_align or lambda_kl above 0, or turn cross_entropy on"
         raise SettingError("cross_entropy", False, "without the alignment nothing is left to learn from", remedy)

@@ -5,11 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from eos_search.run_folder import RUN, THETA
+from eos_search.run_folder import RESTARTS, RUN, THETA
 from eos_vllm.core.errors import SettingError
 
 _KEY = "cpu_seconds"
-_RESTARTS = "restarts.json"
 
 
 class SpentTime:
@@ -46,8 +45,8 @@ def seconds_of(folder: Path) -> float:
     remedy = "name the folder of a search that has ended, or give --seconds"
     if not (folder / THETA).exists():
         raise SettingError("like", str(folder), "it holds no search that has ended", remedy)
-    if (folder / _RESTARTS).exists():
-        searches = json.loads((folder / _RESTARTS).read_text(encoding="utf-8"))["searches"]
+    if (folder / RESTARTS).exists():
+        searches = json.loads((folder / RESTARTS).read_text(encoding="utf-8"))["searches"]
         return sum(_seconds_of_one(folder / search["folder"], remedy) for search in searches)
     return _seconds_of_one(folder, remedy)
 

@@ -3,6 +3,7 @@
 The search asks here before every forward pass, and the export asks here in the end: between the two there is no gap.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +130,15 @@ def read_structure(values: ThetaValues, rules: Rules, budget: int | None = None)
         else:
             candidates[layer] = _count_if_acting(layer, rows[layer], tokens, rules)
     return Structure(acting, counts, profile, candidates, budget)
+
+
+def unmet_budget(values: ThetaValues, rules: Rules, budgets: Sequence[int]) -> int | None:
+    """The first served budget that the layers which act cannot have: they would be judged at a higher cost."""
+    for budget in budgets:
+        profile = read_structure(values, rules, budget).profile
+        if profile is not None and cost(profile, kept_counts(profile), rules.measure) > budget + 1:
+            return budget
+    return None
 
 
 def _reducer(layer: int, row: list[float], rules: Rules) -> Reducer:

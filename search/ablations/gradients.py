@@ -27,7 +27,7 @@ from eos_vllm.core.errors import EosError
 
 STUDY = "gradients"
 _DISCARD = KINDS.index("discard")
-_SAME = ("study", "model", "weights", "data", "points", "budgets", "width", "keep_width")
+_SAME = ("study", "model", "weights", "data", "settings", "points", "tables", "budgets", "width", "keep_width")
 # What is written of a number; a difference of two losses in float32 has no more.
 _DIGITS = 6
 
@@ -162,11 +162,12 @@ def run_gradients(
         **header,
         "study": STUDY,
         "points": told,
+        "tables": {point.name: [list(map(_short, row)) for row in point.table.tolist()] for point in points},
         "budgets": list(budgets),
         "width": bench.width,
         "keep_width": bench.keep_width,
-        "rows": list(_rows_of(earlier, {**header, "study": STUDY, "points": told, "budgets": list(budgets)}, bench)),
     }
+    result["rows"] = list(_rows_of(earlier, result))
     for make in questions[len(result["rows"]) :]:
         question = make()
         gradients = {}
@@ -183,12 +184,12 @@ def run_gradients(
     return result | summarise(result)
 
 
-def _rows_of(earlier: Mapping[str, Any] | None, now: Mapping[str, Any], bench: Bench) -> Iterator[dict[str, Any]]:
+def _rows_of(earlier: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if earlier is None:
         return
-    wanted = {**now, "width": bench.width, "keep_width": bench.keep_width}
     for name in _SAME:
-        if earlier.get(name) != wanted.get(name):
+        # Studies of before they were kept have no settings and tables.
+        if earlier.get(name, now.get(name)) != now.get(name):
             raise EosError("--out", name, "the file holds a study with another one", "name another file")
     yield from earlier["rows"]
 

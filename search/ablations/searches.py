@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from eos_search.ablations.variants import Variant
-from eos_search.run_folder import SETTINGS, THETA, RunFolder
 from eos_search.settings import SearchSettings, read_settings
 from eos_vllm.core.errors import EosError
-from eos_vllm.core.profile import Profile, read_profile
+from eos_vllm.core.profile import Profile
 
 # The paper's sweep (section 4.1).
 LAMBDAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -85,14 +84,9 @@ def profile_of(settings: SearchSettings, quiet: bool) -> Profile:
     Raises:
         EosError: as :func:`eos_search.run.run_search`; the folder holds a search of other settings.
     """
-    output = settings.output
-    begun = (output / SETTINGS).exists()
-    if begun and (output / THETA).exists():
-        RunFolder(output, is_main=True).check_resumes(settings)
-        return read_profile(output / THETA)
-    from eos_search.run import run_search
+    from eos_search.restarts import read_or_search
 
-    return run_search(settings, resume=begun, quiet=quiet).profile
+    return read_or_search(settings, resume=True, quiet=quiet).profile
 
 
 def _changed(settings: SearchSettings, changes: dict[str, Any]) -> SearchSettings:

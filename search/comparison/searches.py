@@ -9,13 +9,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from eos_search.frozen import model_path, model_sizes
 from eos_search.opponents.base import Method
-from eos_search.opponents.contest import run_opponent
+from eos_search.opponents.contest import make_opponent, run_opponent
 from eos_search.opponents.costs import OFF, at_costs, nearest_counts
 from eos_search.opponents.judge import Budget
 from eos_search.opponents.settings import DEFAULT_SELECTORS, MINIMUMS, SPLIT, OpponentSettings
 from eos_search.process import ends_its_process, stopped_together
-from eos_search.raw import digest
+from eos_search.raw import digest, weights_digest
 from eos_search.restarts import run_restarts
 from eos_search.run_folder import SETTINGS, THETA
 from eos_search.settings import SearchSettings, read_settings
@@ -62,7 +63,8 @@ class Plan:
         """Refuses what would only fail after hours.
 
         Raises:
-            SettingError: no seed, cost or opponent, or a model, measure or version that opponents cannot have.
+            SettingError: no seed, cost or opponent, a model, measure, cost or version that opponents cannot have, or
+                a package that one of them lacks.
         """
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise SettingError("seeds", list(self.seeds), "these are no seeds", "give one or more, each once")
@@ -75,8 +77,11 @@ class Plan:
             raise SettingError("budget_measure", settings.budget_measure, problem, "search by layer_average")
         if settings.split == "test" or (settings.split == SPLIT and self.opponents):
             raise SettingError("split", settings.split, "a search may not see it", "take train")
+        sizes = model_sizes(settings.model)
         for method in self.opponents:
-            self.opponent(method, self.seeds[0], 1.0)
+            own = self.opponent(method, self.seeds[0], 1.0)
+            own.check_model(sizes.visual_tokens or 0)
+            make_opponent(own, sizes)
 
     def opponent(self, method: Method, seed: int, seconds: float) -> OpponentSettings:
         """Settings of an opponent."""
@@ -184,7 +189,7 @@ def _opponent(settings: OpponentSettings, folder: Path, processes: int | None) -
     if not (folder / THETA).exists():
         return run_opponent(settings, folder, (folder / SETTINGS).exists(), processes).profile
     held = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    for name, value in settings.to_dict().items():
+    for name, value in (settings.to_dict() | {"weights": weights_digest(model_path(settings.model))}).items():
         had_more = name == "seconds" and (held.get(name) or 0.0) >= value  # an advantage for it, if any
         if held.get(name) != value and not had_more:
             problem = f"the search in {folder} has {held.get(name)!r}"

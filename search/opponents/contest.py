@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from eos_search.accuracy import Share
 from eos_search.answerers import Answerer, ReferenceAnswerer
 from eos_search.export import write_json
 from eos_search.frozen import model_path, model_sizes
@@ -41,11 +42,12 @@ class StoppedError(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class OpponentResult:
-    """The best profile, its file, what it came to, and whether the budget ended the search."""
+    """The best profile, its file, what it came to by cost, and whether the budget ended the search."""
 
     profile: Profile
     path: Path
     best: Judged
+    accuracy: dict[str, Share]
     trials: int
     spent: bool
 
@@ -168,8 +170,9 @@ def _export(
 ) -> OpponentResult:
     best = judge.best
     assert best is not None  # the first candidate is judged whatever the budget
-    run, title = provenance(seed=settings.seed), version_of(settings.benchmark_version).title
     seconds = round(judge.cpu_seconds, 3)
+    found = judge.accuracy()
+    run, title = provenance(seed=settings.seed), version_of(settings.benchmark_version).title
     facts = {
         "command": settings.command_line(),
         "git": run["git"],
@@ -185,7 +188,7 @@ def _export(
             "source": f"{title} {SPLIT}",
             "images": steps[best.rung],
             "score": best.score,
-            "by_cost": {cost: asdict(share) for cost, share in best.accuracy.items()},
+            "by_cost": {cost: asdict(share) for cost, share in found.items()},
         },
     }
     if settings.budget.seconds is not None:  # else they would be all that tells two sittings from one
@@ -195,4 +198,4 @@ def _export(
     write_json(out / RUN, {"search": run, "device": "cpu", "cpu_seconds": seconds, **counts})
     theta = RunFolder(out, is_main=True).theta
     write_json(theta, profile.to_dict())
-    return OpponentResult(profile, theta, best, judge.trials, spent)
+    return OpponentResult(profile, theta, best, found, judge.trials, spent)

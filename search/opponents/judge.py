@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eos_search.accuracy import AVERAGE, Share, accuracy
+from eos_search.accuracy import AVERAGE, Share, accuracy, mean_accuracy
 from eos_search.answerers import Answerer, Case
-from eos_search.evaluation import evaluate
+from eos_search.evaluation import describe
 from eos_search.opponents.base import Candidate
 from eos_search.opponents.log import TrialLog
 from eos_search.opponents.racing import SpentError
@@ -26,13 +26,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Judged:
-    """A candidate's best rung so far: its trial, how many rungs lie behind it, and accuracy there by cost."""
+    """A candidate's best rung so far: its trial, how many rungs lie behind it, and its score there."""
 
     candidate: Candidate
     trial: int
     rung: int
     score: float
-    accuracy: dict[str, Share]
 
 
 class Judge:
@@ -96,26 +95,32 @@ class Judge:
         replies = [a + b for a, b in zip(before, record["replies"], strict=True)]
         self._replies[number] = replies
         rows = self.rows[: self.edges[rung]]
-        found = {str(cost): accuracy(rows, each)[AVERAGE] for cost, each in zip(self.costs, replies, strict=True)}
-        score = statistics.fmean(share.value for share in found.values())
+        score = statistics.fmean(mean_accuracy(rows, each) for each in replies)
         if self.best is None or (rung, score) > (self.best.rung, self.best.score):
-            self.best = Judged(candidate, number, rung, score, found)
+            self.best = Judged(candidate, number, rung, score)
         return score
+
+    def accuracy(self) -> dict[str, Share]:
+        """Accuracy of the best candidate by cost, with intervals that no search has to pay for."""
+        assert self.best is not None  # the first candidate is judged whatever the budget
+        rows, replies = self.rows[: self.edges[self.best.rung]], self._replies[self.best.trial]
+        return {str(cost): accuracy(rows, each)[AVERAGE] for cost, each in zip(self.costs, replies, strict=True)}
 
     def _ask(self, number: int, candidate: Candidate, rung: int) -> dict[str, Any]:
         rows = self.rows[self.edges[rung - 1] if rung else 0 : self.edges[rung]]
         cases = [Case(f"trial {number}", candidate.profile, cost) for cost in self.costs]
-        records = evaluate(self.answerer, rows, cases, self.told)
+        told = [describe(case) for case in cases]
+        replies = self.answerer.answer(rows, cases, self.told(cases[0].name))
         return self.log.add(
             {
                 "trial": number,
                 "rung": rung,
                 "about": dict(candidate.about),
                 "profile": behaviour(candidate.profile),
-                "kept": [record["kept"] for record in records],
-                "layer_average": [record["layer_average"] for record in records],
+                "kept": [about["kept"] for about in told],
+                "layer_average": [about["layer_average"] for about in told],
                 "questions": len(rows) * len(cases),
-                "replies": [record["replies"] for record in records],
+                "replies": replies,
                 "cpu_seconds": round(self.cpu_seconds, 3),
             }
         )

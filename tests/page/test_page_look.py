@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from page_browser import PROFILE, expect, look_at, numbers
 
-from eos_search.answerers import chat_prompt
+from eos_search.chats import chat_prompt
 from eos_search.reference import ReferenceModel
 from eos_vllm import profiles
 from eos_vllm.cluttervqa import make_sample

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from eos_search.answerers import chat_prompt
+from eos_search.chats import chat_prompt
 from eos_search.reference import ReferenceModel
 from eos_vllm import profiles
 from eos_vllm.cluttervqa import KINDS, is_right, samples

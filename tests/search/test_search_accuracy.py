@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eos_search.accuracy import AVERAGE, Share, accuracy, chance, difference, loyalty, relative
+from eos_search.accuracy import AVERAGE, Share, accuracy, chance, difference, loyalty, mean_accuracy, relative
 from eos_vllm.cluttervqa import Row
 
 
@@ -34,6 +34,15 @@ def test_the_average_weighs_kinds_alike():
     found = accuracy(rows, ["yes"] * 8 + ["no"] * 2)
     assert found[AVERAGE].value == pytest.approx(0.5)
     assert found[AVERAGE].questions == 10
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.sampled_from(["presence", "reading", "counting"])), min_size=1, max_size=40)
+)
+def test_the_mean_alone_is_that_of_the_average(marks):
+    rows = rows_for(["yes"] * len(marks), [kind for _, kind in marks])
+    replies = ["yes" if mark else "no" for mark, _ in marks]
+    assert mean_accuracy(rows, replies) == pytest.approx(accuracy(rows, replies)[AVERAGE].value)
 
 
 def test_intervals_are_wider_where_answers_hang_together():

@@ -23,9 +23,9 @@ from eos_search.measures import SearchMeasure
 from eos_search.objective import Objective, penalties, reference_rows, task_terms, tokens_left
 from eos_search.reference import ReferenceModel
 from eos_search.relaxed import Relaxation, RelaxedModel
-from eos_search.restarts import RESTARTS, run_restarts
+from eos_search.restarts import run_restarts
 from eos_search.run import run_search
-from eos_search.run_folder import read_records
+from eos_search.run_folder import RESTARTS, read_records
 from eos_search.selectors import NAMED, named_selector
 from eos_search.starts import add_start_flags, starts_of
 from eos_search.structure import Rules, acting_of, read_structure
@@ -351,6 +351,10 @@ def test_what_cannot_be_is_refused(small_path: Path, tmp_path: Path) -> None:
     refused("align_layers=.*behind layer 3", withdraw=3, max_reducers=2, placement=(1, 2), align_on="visual")
     below = {"budget_measure": "layer_average", "budget": 20, "serve_budgets": (20, 6)}
     refused("serve_budgets=6: layer 0 alone sees 36 tokens, which is 6.0", **below)
+    unmet = r"reducers at layers 1, 2, 4 that leave {} at least cannot have it"
+    refused("serve_budgets=7: " + unmet.format(1), **(below | {"serve_budgets": (20, 7)}))
+    refused("serve_budgets=2: " + unmet.format(5), serve_budgets=(6, 2), minimum=5)
+    refused("queries='image': the search needs text that asks", queries="image")
     with pytest.raises(SettingError, match="race=3: there is one start"):
         starts_of(given("--race", "3"))
     for text in ("maxmin", "maxmin,maxmin"):

@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from eos_search.accuracy_page import margins_table
-from eos_search.answerers import ReferenceAnswerer, ServerAnswerer
+from eos_search.answerers import ReferenceAnswerer
 from eos_search.chats import chat_prompt, marker_of
 from eos_search.evaluate_command import add_parser, check_rows, run
 from eos_search.evaluation import cases, evaluate, table
 from eos_search.raw import read_result
 from eos_search.reference import ReferenceModel
 from eos_search.selection import asked_within
+from eos_search.server_answerer import ServerAnswerer
 from eos_vllm import profiles
 from eos_vllm.cluttervqa import read_rows
 from eos_vllm.core.errors import EosError, ProfileError

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,9 @@ def test_a_comparison_from_end_to_end(small_path: Path, tmp_path: Path, capsys: 
         held.write_text(json.dumps(settings | {"seconds": factor * settings["seconds"]}))
         assert main(argv) == code
     assert "seconds=" in capsys.readouterr().err
+    held.write_text(json.dumps(settings | {"weights": "0"}))
+    assert main(argv) == 2
+    assert "weights=" in capsys.readouterr().err
     held.write_text(json.dumps(settings))
     for changed, match in ((["--judge-images", "2"], "images=2"), (["--costs", "20,9"], "serve_budgets|costs")):
         assert main([*argv, *changed]) == 2
@@ -224,6 +228,8 @@ def test_what_would_not_be_fair_is_refused(small_path: Path, tmp_path: Path) -> 
         plan(split="validation").check()
     with pytest.raises(SettingError, match="budget_measure='final': costs are layer averages"):
         plan(budget_measure="final").check()
+    with pytest.raises(SettingError, match="cost=40: an image has 36 visual tokens"):
+        replace(plan(serve_budgets=(20,)), costs=(40, 20)).check()
     with pytest.raises(EosError, match="--opponents='chance'"):
         main_error(["compare", "--opponents", "chance"])
 

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from eos_search.accuracy_page import margins_table
-from eos_search.answerers import ReferenceAnswerer, ServerAnswerer, blind_images, chat_prompt
+from eos_search.answerers import ReferenceAnswerer, blind_images
+from eos_search.chats import chat_prompt
 from eos_search.evaluate_command import add_parser, check_rows, limit, run
 from eos_search.evaluation import cases, describe, evaluate, table
 from eos_search.main import main
 from eos_search.raw import read_result
 from eos_search.selection import rows_before
+from eos_search.server_answerer import ServerAnswerer
 from eos_vllm.cluttervqa import export, read_rows
 from eos_vllm.core.budget import Share
 from eos_vllm.core.errors import EosError
@@ -192,6 +194,8 @@ def test_mistakes_are_named(tmp_path, answerer):
         run(arguments("--per-kind", "0"))
     with pytest.raises(EosError, match="--model='nowhere'"):
         run(arguments("--model", "nowhere"))
+    with pytest.raises(EosError, match="--budgets='64,100%': 100% reduces nothing"):
+        run(arguments("--profiles", "embedded-pool", "--budgets", "64,100%"))
     with pytest.raises(EosError, match="--page"):
         run(arguments("--page", "page.md"))
 
@@ -229,6 +233,23 @@ def test_rows_that_cannot_be_asked_are_refused_before_any_is(rows):
         check_rows(rows[:1], cases(["earlier@embedded-fastv"], [16]), "rows.jsonl")
     with pytest.raises(EosError, match="is missing"):
         check_rows([replace(rows[0], image_files=(Path("gone.png"),))], cases(["none"], [16]), "rows.jsonl")
+
+
+def test_an_image_that_cannot_be_read_is_one_line(answerer, rows, tmp_path):
+    (tmp_path / "cut.png").write_bytes(rows[0].image_files[0].read_bytes()[:200])
+    spoilt = [replace(rows[0], image_files=(tmp_path / "cut.png",))]
+    with pytest.raises(EosError, match=r"image_files='cut.png': it cannot be read"):
+        answerer.answer(spoilt, cases(["none"], [None]), int)
+    assert answerer.answer(rows[:1], cases(["none"], [None]), int)
+
+
+def test_a_model_that_is_not_whole_is_one_line(rows, tmp_path):
+    whole = ReferenceAnswerer(tmp_path, processes=1)
+    try:
+        with pytest.raises(EosError, match="a process that answers has ended"):
+            whole.answer(rows[:1], cases(["none"], [None]), int)
+    finally:
+        whole.close()
 
 
 class FakeServer:

@@ -12,9 +12,9 @@ from search_cases import kill_at, make_rules, make_settings, make_theta
 from eos_search.loop import Trainer
 from eos_search.main import main
 from eos_search.objective import Objective
-from eos_search.restarts import RESTARTS, run_restarts
+from eos_search.restarts import run_restarts
 from eos_search.run import SearchResult, run_search
-from eos_search.run_folder import read_records
+from eos_search.run_folder import RESTARTS, read_records
 from eos_search.spent import seconds_of
 from eos_search.starts import parse_placements
 from eos_search.theta import KINDS
@@ -167,7 +167,7 @@ def test_a_start_that_ends_without_reducers_is_told(small_path: Path, tmp_path: 
     told = json.loads((tmp_path / "runs" / RESTARTS).read_text())
     assert told["searches"][0]["failed"].startswith("gate_threshold=0.5")
     with pytest.raises(SettingError, match="restarts=1: no search ended"):
-        run_restarts(settings, [{"placement": (0,)}], search=search)
-    told = json.loads((tmp_path / "runs" / RESTARTS).read_text())
+        run_restarts(make_settings(small_path, tmp_path / "none"), [{"placement": (0,)}], search=search)
+    told = json.loads((tmp_path / "none" / RESTARTS).read_text())
     assert told["best"] is None
     assert told["searches"][0]["failed"].startswith("gate_threshold=0.5")

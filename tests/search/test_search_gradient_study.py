@@ -92,6 +92,12 @@ def test_the_command_measures_goes_on_and_is_drawn(
     assert json.loads(picture.with_suffix(".json").read_text())["questions"] == 2
     assert main([*argv, "--width", "0.2"]) == 2
     assert "width" in capsys.readouterr().err
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lambda_align": 0.0}))
+    assert main(argv) == 2
+    assert "--out='settings'" in capsys.readouterr().err
+    out.write_text(json.dumps({name: value for name, value in result.items() if name not in ("settings", "tables")}))
+    assert main(argv) == 0, "studies of before they were kept go on"
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,8 @@ def test_a_run_ends_in_a_raw_result_that_is_not_run_again(tmp_path: Path, capsys
     capsys.readouterr()
     assert main([*argv, "--limit", "3"]) == 2
     assert "another limit" in capsys.readouterr().err
+    assert main([*argv, "--served-model", "other"]) == 2
+    assert "another model" in capsys.readouterr().err
     assert main(["lmms", "--table", str(out)]) == 0
     assert "75.00 (73.04 to 76.96)" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from eos_search.lmms import BENCHMARKS, LOCAL, read_scores
 from eos_search.lmms_local import main as stand_in
 from eos_search.lmms_tables import kept_table, paper_tables
 from eos_search.main import main
-from eos_search.reproduce_command import LLAVA, REHEARSAL, comparable, write_profiles
+from eos_search.reproduce_command import LLAVA, REHEARSAL, comparable, run_step, write_profiles
 from eos_search.settings import read_config, read_settings
 from eos_vllm.core.budget import kept_counts, parse_tokens
 from eos_vllm.core.profile import parse_profile, read_profile
@@ -80,6 +81,33 @@ def test_a_search_goes_on_and_is_not_done_twice(tmp_path: Path, capsys: pytest.C
     assert [words[1] for words in steps(capsys, *argv)] == ["plot", "lmms"]
     assert main(["reproduce", *argv, "--steps", "7", "--dry-run"]) == 2
     assert "has steps=40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "passed_on"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_a_stop_is_passed_on_to_a_step_that_has_not_had_it(
+    number: signal.Signals, passed_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal's Ctrl-C reaches the step as well, and a second one would keep it from writing its checkpoint."""
+    sent: list[int] = []
+
+    class Step:
+        waits = 0
+
+        def wait(self) -> int:
+            self.waits += 1
+            if self.waits == 1:
+                signal.raise_signal(number)
+            return 130
+
+        def send_signal(self, which: int) -> None:
+            sent.append(which)
+
+    monkeypatch.setattr("subprocess.Popen", lambda _words: Step())
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_step(["run"])
+    assert sent == [signal.SIGINT] * passed_on
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_no_data_and_a_failed_step_are_one_line(

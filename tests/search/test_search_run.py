@@ -15,7 +15,8 @@ from search_cases import before_step, kill_at, make_rules, make_settings, make_t
 from eos_search.examples import Broken
 from eos_search.loop import DivergedError, StepSampler, Trainer
 from eos_search.objective import Objective, TaskTerms
-from eos_search.process import deterministic
+from eos_search.process import deterministic, stop_signals
+from eos_search.restarts import read_or_search
 from eos_search.run import Interrupted, run_search
 from eos_search.run_folder import read_records
 from eos_search.settings import read_config, read_settings
@@ -52,7 +53,7 @@ def test_the_result_is_a_profile_that_plans(finished: Path) -> None:
     assert provenance["data"]["rows"] == 10
     assert provenance["final"]["steps_averaged"] == 6
     assert "--budget 6" in provenance["command"]
-    assert "--output" not in provenance["command"]
+    assert "--output runs/searched" in provenance["command"]
     assert str(finished) not in (finished / "theta.json").read_text()
 
 
@@ -238,6 +239,44 @@ def test_resuming_with_other_data_is_refused(small_path: Path, finished: Path, t
     (tmp_path / "run/data.json").write_text(json.dumps(data | {"sha256": "0"}))
     with pytest.raises(SettingError, match=r"data='10 rows: .*not those that the search began with"):
         run_search(make_settings(small_path, tmp_path / "run"), resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("file", ["theta.json", "restarts.json"])
+def test_a_folder_with_a_result_is_no_new_one(file: str, small_path: Path, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(SettingError, match="holds a search already"):
+        run_search(make_settings(small_path, tmp_path), quiet=True)
+    assert [each.name for each in tmp_path.iterdir()] == [file]
+
+
+def test_resuming_with_other_weights_is_refused(small_path: Path, finished: Path, tmp_path: Path) -> None:
+    """Also where the search has ended, and would only be read."""
+    shutil.copytree(finished, tmp_path / "run")
+    settings = make_settings(small_path, tmp_path / "run")
+    assert read_or_search(settings, resume=True, quiet=True).path == tmp_path / "run/theta.json"
+    data = json.loads((tmp_path / "run/data.json").read_text())
+    (tmp_path / "run/data.json").write_text(json.dumps(data | {"weights": "0"}))
+    for search in (run_search, read_or_search):
+        with pytest.raises(SettingError, match=r"model=.*its weights are not those that the search began with"):
+            search(settings, resume=True, quiet=True)
+
+
+def test_resuming_on_another_device_is_refused(small_path: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(run | {"device": "cuda:0"}))
+    with pytest.raises(SettingError, match=r"device='cpu': the search in .* ran on cuda:0"):
+        run_search(make_settings(small_path, tmp_path / "run", device="cpu"), resume=True, quiet=True)
+
+
+def test_a_stop_by_two_kinds_of_signal_is_one_stop() -> None:
+    """Ctrl-C reaches a whole terminal, and whoever started this process then ends it by SIGTERM."""
+    with stop_signals() as asked:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGINT, signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_spoilt_checkpoint_is_told(small_path: Path, finished: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from search_cases import VISUAL, make_rules, make_settings, make_theta
 from eos_search import run as search_run
 from eos_search.comparison.searches import at_reachable_costs
 from eos_search.main import main
-from eos_search.restarts import RESTARTS
 from eos_search.run import run_search
+from eos_search.run_folder import RESTARTS
 from eos_search.schedules import fit_schedules, other_counts
 from eos_search.selectors import named_selector
 from eos_search.structure import Rules, read_structure
@@ -27,6 +27,7 @@ BEFORE: dict[str, Any] = {"select": named_selector("uniform"), "measure": "layer
 FITTED: dict[str, Any] = {
     "select": "uniform", "budget": 12, "budget_measure": "layer_average", "constraint": "lagrangian", "steps": 2,
     "placement": (1, 2), "serve_budgets": (20, 12), "fit_rows": 8,
+    "samples": 12,
 }  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def test_rows_that_choose_counts_are_none_of_the_steps(
 
     monkeypatch.setattr(search_run, "fit_schedules", fit)
     found = run_search(make_settings(small_path, tmp_path / "run", **FITTED, batch_size=1), quiet=True)
-    assert len(seen) == len(set(seen)) == 8  # of ten, two have been in steps
+    assert len(seen) == len(set(seen)) == 8  # of twelve, two have been in steps
     assert set(found.profile.schedules) == {str(found.profile.budget.tokens)}
 
 
@@ -156,6 +157,14 @@ def test_counts_of_some_served_budgets(small_path: Path, tmp_path: Path, monkeyp
     assert asked == [(12,)]
     with pytest.raises(SettingError, match="fit_budgets=13: is no served budget; choose from 20, 12"):
         run_search(make_settings(small_path, tmp_path / "other", **FITTED, fit_budgets=(13,)), quiet=True)
+
+
+def test_counts_are_chosen_by_rows_that_are_left_and_at_served_budgets(small_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="fit_rows=11: the steps see 2 of 12 rows"):
+        run_search(make_settings(small_path, tmp_path / "run", **(FITTED | {"fit_rows": 11}), batch_size=1), quiet=True)
+    with pytest.raises(SettingError, match="fit_rows=8: there is no served budget to choose counts at"):
+        run_search(make_settings(small_path, tmp_path / "run", **(FITTED | {"serve_budgets": ()})), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_of_several_starts_only_the_best_is_fitted(small_path: Path, tmp_path: Path) -> None:
