@@ -67,14 +67,16 @@ def measure(result: dict[str, Any], model: Path, keep: Any) -> None:
         raise SettingError(
             "model", str(model), f"it is not {result['model']}, which was compared", "name its directory"
         )
-    have = {entry["profile"] for entry in result["speed"]}
+    does = {entry["profile"]: entry["does"] for entry in result["profiles"]}
+    have = {does[entry["profile"]] for entry in result["speed"]}
     wanted = []
     # A profile of every method comes before the second seed of any.
     for entry in sorted(result["profiles"], key=lambda entry: int(entry["seed"])):
         profile = parse_profile(entry["theta"])
         if digest(profile) != entry["does"]:
             raise SettingError("comparison", entry["profile"], "it is read otherwise today", "compare again")
-        if entry["profile"] not in have:
+        if entry["does"] not in have:  # two searches may find one profile
+            have.add(entry["does"])
             wanted.append((entry["profile"], profile, [int(cost) for cost in entry["accuracy"]]))
     with tempfile.TemporaryDirectory(prefix="eos-served-") as folder:
         rows = read_rows(export(Path(folder) / "rows", "test", _IMAGES, version=result["version"]))
@@ -86,15 +88,16 @@ def measure(result: dict[str, Any], model: Path, keep: Any) -> None:
 
 def points(result: Mapping[str, Any]) -> dict[str, list[tuple[int, dict[str, float], Share]]]:
     """By profile: cost, requests per second over stock's with the range of its rounds, which are too few for an
-    interval, and accuracy, of those that were served."""
-    speed = {entry["profile"]: pairs(entry) for entry in result["speed"]}
+    interval, and accuracy, of those that were served; profiles that do the same were served once."""
+    does = {entry["profile"]: entry["does"] for entry in result["profiles"]}
+    speed = {does[entry["profile"]]: pairs(entry) for entry in result["speed"]}
     return {
         entry["profile"]: [
-            (int(cost), _ratio(*speed[entry["profile"]][int(cost)]), Share(**share))
+            (int(cost), _ratio(*speed[entry["does"]][int(cost)]), Share(**share))
             for cost, share in entry["accuracy"].items()
         ]
         for entry in result["profiles"]
-        if entry["profile"] in speed
+        if entry["does"] in speed
     }
 
 
