@@ -38,6 +38,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="folder of the searches")
     parser.add_argument("--out", type=Path, default=None, help="raw result")
     parser.add_argument("--table", type=Path, default=None, help="print the tables of this result, and search nothing")
+    parser.add_argument(
+        "--rules", type=Path, default=None, metavar="FILE", help="an evaluation whose profiles are opponents as well"
+    )
     parser.add_argument("--figure", type=Path, default=None, help="draw it to this PNG")
     parser.set_defaults(
         run=run, rows=None, base_url=None, page=None, against=None, per_kind=None, scorer=None, split="test",
@@ -47,11 +50,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Searches, asks, and prints the tables."""
-    from eos_search.comparison.summary import tables
+    from eos_search.comparison.summary import tables, with_rules
 
     result = read_result(args.table) if args.table else compare(args)
     if "runs" not in result:
         raise EosError("--table", str(args.table), "is no comparison", "name a result of eos-search compare --out")
+    if args.rules:
+        result = with_rules(result, read_result(args.rules))
     print(tables(result))
     if args.figure:
         from matplotlib import rc_context

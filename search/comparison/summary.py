@@ -10,6 +10,7 @@ from eos_search.accuracy import AVERAGE, RESAMPLES, Share, resampled_marks
 from eos_search.comparison.searches import GRADIENT
 from eos_search.discrimination import APART, WITHOUT
 from eos_search.scorers import scorer_of
+from eos_vllm.core.errors import EosError
 
 _Drawn = tuple[np.ndarray, np.ndarray]
 
@@ -50,6 +51,22 @@ def _above(
     """What the gradient search has above one opponent at one cost."""
     (ours, ours_drawn), (theirs, theirs_drawn) = every[GRADIENT, cost], every[opponent, cost]
     return _shares(result, ours - theirs, ours_drawn - theirs_drawn)
+
+
+def with_rules(result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison with the profiles of an evaluation as further opponents, each a method of its own without seeds.
+
+    Raises:
+        EosError: it asked other questions, or another model.
+    """
+    for name in ("weights", "fingerprint", "max_tokens", "scorer"):
+        if result.get(name) != other.get(name):
+            problem = f"the comparison has {result.get(name)!r}"
+            raise EosError(name, other.get(name), problem, "evaluate on the same images, model and settings")
+    added = [case for case in other["cases"] if case["budget"] is not None]
+    runs = {case["profile"]: case["does"] for case in added}
+    methods = [{"profile": name, "does": does, "method": name, "seed": 0} for name, does in runs.items()]
+    return {**result, "cases": [*result["cases"], *added], "runs": [*result["runs"], *methods]}
 
 
 def tables(result: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from search_cases import make_settings
 from benchmarks.served_comparison import begin, figure, measure, table
 from eos_search.accuracy import AVERAGE
 from eos_search.comparison.searches import Plan, at_reachable_costs
-from eos_search.comparison.summary import against_best, by_method, tables
+from eos_search.comparison.summary import against_best, by_method, tables, with_rules
 from eos_search.discrimination import WITHOUT
 from eos_search.main import main
 from eos_search.plots.comparison import comparison_figure
@@ -106,6 +106,21 @@ def test_the_tables_and_the_figure_say_the_same() -> None:
     _, data = comparison_figure(result)
     assert data["panels"][AVERAGE][0]["points"][0]["value"] == pytest.approx(75)
     assert np.isclose(data["panels"][WITHOUT][1]["points"][0]["value"], 50)
+
+
+def test_rules_by_themselves_are_opponents() -> None:
+    result = made(
+        {"gradient-s0": [0.5, 1.0], "gradient-s1": [0.5, 1.0], "random-s0": [0.5, 0.5], "random-s1": [0.5, 0.5]}
+    )
+    about = {"fingerprint": "abc", "weights": "w"}
+    cases = made({"mmr-s0": [0.5, 0.75]})["cases"] + [{"profile": "none", "does": None, "budget": None, "replies": []}]
+    together = with_rules(result | about, {"cases": cases, "scorer": "exact"} | about)
+    assert by_method(together)["mmr-s0", 64][AVERAGE].value == pytest.approx(0.625)
+    best, share = against_best(together)[64]
+    assert (best, share.value) == ("mmr-s0", pytest.approx(0.125))
+    assert len(result["runs"]) == 4
+    with pytest.raises(EosError, match="fingerprint='other': the comparison has 'abc'"):
+        with_rules(result | about, {"cases": cases, "scorer": "exact"} | about | {"fingerprint": "other"})
 
 
 def test_costs_that_layers_cannot_have_are_left_out() -> None:
