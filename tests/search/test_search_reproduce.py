@@ -104,8 +104,13 @@ def test_a_stop_is_passed_on_to_a_step_that_has_not_had_it(
 
     monkeypatch.setattr("subprocess.Popen", lambda _words: Step())
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        run_step(["run"])
+    # Whoever starts tests in the background may have had them ignore Ctrl-C.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_step(["run"])
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert sent == [signal.SIGINT] * passed_on
     assert signal.getsignal(signal.SIGTERM) == before
 
