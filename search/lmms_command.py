@@ -127,6 +127,8 @@ def expected_counts(target: Target) -> list[int]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs lmms-eval for every target that the raw result lacks."""
+    from eos_search.frozen import model_path
+    from eos_search.raw import weights_digest
     from eos_vllm.provenance import provenance
 
     wanted = targets(args)
@@ -138,13 +140,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "limit": args.limit,
         # Answers depend on these as well; servers that run already are as the caller says.
         "model": Path(args.serve).name if args.serve else args.served_model,
+        "weights": weights_digest(model_path(args.serve)) if args.serve else None,
         "serve_args": args.serve_args,
         "harness": args.harness,
         "cases": [],
     }
     if args.out and args.out.exists():
         before = read_raw(args.out)
-        for field in ("tasks", "limit", "model", "serve_args", "harness"):
+        for field in ("tasks", "limit", "model", "weights", "serve_args", "harness"):
             if before.get(field, result[field]) != result[field]:
                 raise EosError("--out", str(args.out), f"holds results of another {field}", "name another file")
         result["cases"] = before["cases"]

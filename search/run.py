@@ -114,7 +114,8 @@ def _check_unseen(settings: SearchSettings, data: Data) -> None:
         SettingError: the steps take too many.
     """
     seen = settings.steps * settings.batch_size
-    if settings.fit_rows and seen + settings.fit_rows > len(data.rows):
+    asked = math.ceil(settings.fit_rows / settings.batch_size) * settings.batch_size  # whole batches
+    if asked and seen + asked > len(data.rows):
         problem = f"the steps see {seen} of {len(data.rows)} rows, and counts are chosen by others"
         raise SettingError("fit_rows", settings.fit_rows, problem, "give fewer steps, or more samples")
 

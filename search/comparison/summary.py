@@ -57,7 +57,7 @@ def with_rules(result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str,
     """The comparison with the profiles of an evaluation as further opponents, each a method of its own without seeds.
 
     Raises:
-        EosError: it asked other questions, or another model.
+        EosError: it asked other questions, or another model, or has a profile of the comparison.
     """
     for name in ("weights", "fingerprint", "max_tokens", "scorer"):
         if result.get(name) != other.get(name):
@@ -65,6 +65,8 @@ def with_rules(result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str,
             raise EosError(name, other.get(name), problem, "evaluate on the same images, model and settings")
     added = [case for case in other["cases"] if case["budget"] is not None]
     runs = {case["profile"]: case["does"] for case in added}
+    if both := [run["profile"] for run in result["runs"] if run["profile"] in runs]:
+        raise EosError("profile", both[0], "the comparison has it", "leave it out of the evaluation")
     methods = [{"profile": name, "does": does, "method": name, "seed": 0} for name, does in runs.items()]
     return {**result, "cases": [*result["cases"], *added], "runs": [*result["runs"], *methods]}
 

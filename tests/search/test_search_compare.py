@@ -119,6 +119,8 @@ def test_rules_by_themselves_are_opponents() -> None:
     best, share = against_best(together)[64]
     assert (best, share.value) == ("mmr-s0", pytest.approx(0.125))
     assert len(result["runs"]) == 4
+    with pytest.raises(EosError, match="profile='gradient-s0': the comparison has it"):
+        with_rules(result | about, result | about)
     with pytest.raises(EosError, match="fingerprint='other': the comparison has 'abc'"):
         with_rules(result | about, {"cases": cases, "scorer": "exact"} | about | {"fingerprint": "other"})
 

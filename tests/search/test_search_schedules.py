@@ -162,6 +162,8 @@ def test_counts_of_some_served_budgets(small_path: Path, tmp_path: Path, monkeyp
 def test_counts_are_chosen_by_rows_that_are_left_and_at_served_budgets(small_path: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="fit_rows=11: the steps see 2 of 12 rows"):
         run_search(make_settings(small_path, tmp_path / "run", **(FITTED | {"fit_rows": 11}), batch_size=1), quiet=True)
+    with pytest.raises(SettingError, match="fit_rows=9: the steps see 4 of 13 rows"):  # 9 are asked as 5 batches of 2
+        run_search(make_settings(small_path, tmp_path / "run", **(FITTED | {"fit_rows": 9, "samples": 13})), quiet=True)
     with pytest.raises(SettingError, match="fit_rows=8: there is no served budget to choose counts at"):
         run_search(make_settings(small_path, tmp_path / "run", **(FITTED | {"serve_budgets": ()})), quiet=True)
     assert not (tmp_path / "run").exists()
